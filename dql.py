@@ -1,0 +1,822 @@
+"""Diffusion-QL in one file: diffusion policies for offline reinforcement learning.
+
+Z. Wang, J. J. Hunt, M. Zhou, "Diffusion Policies as an Expressive Policy Class for Offline Reinforcement Learning",
+ICLR 2023, arXiv 2208.06193. Equation numbers below are the paper's.
+
+    python dql.py                                  # the embedded demo data set
+    python dql.py --env-id halfcheetah-medium-v2   # the paper's run
+    python dql.py --help
+
+The policy is the reverse chain of a conditional diffusion model over actions: a^N is noise, and N learned denoising
+steps lead to the action a^0. Its noise predictor learns to imitate the data (Eq. 2) and, through the whole chain, to
+raise Q (Eq. 3); Q is a pair of critics with target networks (Eq. 4). Algorithm 1 is `DiffusionQL.update`.
+
+Every random number of an update is drawn first, into `Draws`; `update(batch, draws)` is then a pure function of its
+arguments and the agent's state, so that any two implementations can be given the same numbers and compared.
+
+Where the paper, the official code (github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL) and this file part, the
+default is what the official code effectively does, since the published scores come from it.
+ 1. Learning rates are constant: the official decay only moves them to 0.999 of their start. --lr-decay: real cosine.
+ 2. Offline selection takes evaluation argsort(bc_loss)[rank]; the official code, in error, argsort(bc_loss) == rank.
+ 3. Evaluation acts with the online policy, --eval-candidates 50 actions a state, one drawn from the softmax of min
+    target Q / --eval-temperature 1 (0: the best). --eval-average acts with the policy's average.
+ 4. The Q-loss maximises one critic, chosen by a coin each update, over the mean |Q| of the other on the policy's own
+    actions. The paper (Eq. 3) writes |Q| on the data's actions.
+ 5. Max-Q backup (--max-q-backup): 10 next actions; the maximum of each critic, then the minimum of the two.
+ 6. The critics' learning rate is always 3e-4; --learning-rate is the policy's.
+ 7. The policy's average (which acts in the backup only) moves by 0.005 every 5th update, from update 1000 on.
+ 8. --reward standardize divides by the unbiased standard deviation.
+ 9. The reverse step clips its estimate of a^0 to the action range and uses the posterior variance; the paper's Eq. 1
+    does neither.
+10. No gradient is computed that is thrown away (the target's chain, the critics' in the policy step): same numbers.
+"""
+
+import copy
+import csv
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+from d4rl_tasks import TASKS, BadInput, load_dataset, make_env, make_envs, normalized_score
+
+
+@dataclass
+class Args:
+    """Diffusion-QL (arXiv 2208.06193). A flag left at None takes the task's setting from the paper."""
+
+    # --- what to run
+    env_id: str = "halfcheetah-demo-v0"
+    """one of D4RL's twenty tasks, or the embedded demo data set"""
+    dataset_path: Path | None = None
+    """data file to train on instead of the task's own (D4RL's HDF5 layout)"""
+    env_backend: Literal["maintained", "d4rl"] = "maintained"
+    """environments: gymnasium and mujoco made equal to D4RL's, or the real d4rl (requirements-classic.txt)"""
+    seed: int = 0
+    """seed of weights, batches and noise; evaluation episode k resets with seed + 100 + k"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto is cuda where there is one"""
+    compile: bool = False
+    """torch.compile the losses and their gradients: a minute or two at the start, then more updates a second"""
+    runs_dir: Path = Path("runs")
+    """where the run's folder ENV__dql__SEED__TIME goes"""
+    resume: Path | None = None
+    """folder of a run to go on with, from its last checkpoint"""
+    track: bool = False
+    """log to Weights & Biases too (pip install wandb)"""
+    capture_video: bool = False
+    """write video.mp4 of one episode after training"""
+
+    # --- the algorithm
+    num_updates: int | None = None
+    """updates of Algorithm 1"""
+    batch_size: int = 256
+    """transitions per update"""
+    num_steps: int = 5
+    """N, the number of denoising steps"""
+    schedule: Literal["vp", "linear", "cosine"] = "vp"
+    """noise schedule"""
+    eta: float | None = None
+    """weight of the Q-loss in Eq. 3; 0 is behaviour cloning (Diffusion-BC): no critics, one candidate"""
+    grad_norm: float | None = None
+    """largest norm of each network's gradient; 0 does not clip"""
+    learning_rate: float | None = None
+    """the policy's learning rate (the critics' is 3e-4)"""
+    lr_decay: bool = False
+    """cosine decay of both learning rates to 0 over the run"""
+    max_q_backup: bool | None = None
+    """Eq. 4 with the best of 10 next actions"""
+    reward: Literal["none", "standardize", "antmaze"] | None = None
+    """reward transform: (r - mean) / std, or 4 (r - 1/2)"""
+    gamma: float = 0.99
+    """discount"""
+    tau: float = 0.005
+    """rate of the critics' targets, every update"""
+    average_decay: float = 0.995
+    """decay of the policy's average"""
+    average_every: int = 5
+    """updates between two moves of the average"""
+    average_from: int = 1000
+    """updates before the average starts to move"""
+
+    # --- evaluation and logging
+    eval_every: int | None = None
+    """updates between evaluations (and checkpoints)"""
+    eval_episodes: int | None = None
+    """episodes per evaluation"""
+    eval_candidates: int | None = None
+    """actions sampled per state, of which one is chosen by Q: 50, and 1 when eta is 0"""
+    eval_temperature: float = 1.0
+    """temperature of that choice; 0 takes the best"""
+    eval_average: bool = False
+    """act with the policy's average"""
+    offline_rank: int | None = None
+    """offline selection: the evaluation with the (rank + 1)-th lowest denoising loss"""
+    log_every: int = 1000
+    """updates per row of metrics.csv"""
+
+
+class Settings(NamedTuple):
+    """The paper's settings of one task (appendix, table 4; official code), its score in Table 1 (mean, std)."""
+
+    eta: float
+    max_q_backup: bool
+    grad_norm: float
+    learning_rate: float
+    num_updates: int
+    reward: str
+    offline_rank: int
+    paper: tuple[float, float] | None
+    eval_every: int = 50_000
+    eval_episodes: int = 100
+
+
+def _locomotion(grad_norm: float, offline_rank: int, paper: tuple[float, float]) -> Settings:
+    return Settings(1.0, False, grad_norm, 3e-4, 2_000_000, "none", offline_rank, paper, eval_episodes=10)
+
+
+SETTINGS = {
+    "halfcheetah-demo-v0": Settings(1.0, False, 9.0, 3e-4, 20_000, "none", 1, None, eval_every=5_000, eval_episodes=10),
+    "halfcheetah-medium-v2": _locomotion(9.0, 1, (51.1, 0.5)),
+    "hopper-medium-v2": _locomotion(9.0, 2, (90.5, 4.6)),
+    "walker2d-medium-v2": _locomotion(1.0, 1, (87.0, 0.9)),
+    "halfcheetah-medium-replay-v2": _locomotion(2.0, 0, (47.8, 0.3)),
+    "hopper-medium-replay-v2": _locomotion(4.0, 2, (101.3, 0.6)),
+    "walker2d-medium-replay-v2": _locomotion(4.0, 1, (95.5, 1.5)),
+    "halfcheetah-medium-expert-v2": _locomotion(7.0, 0, (96.8, 0.3)),
+    "hopper-medium-expert-v2": _locomotion(5.0, 2, (111.1, 1.3)),
+    "walker2d-medium-expert-v2": _locomotion(5.0, 1, (110.1, 0.3)),
+    "antmaze-umaze-v0": Settings(0.5, False, 2.0, 3e-4, 1_000_000, "antmaze", 2, (93.4, 3.4)),
+    "antmaze-umaze-diverse-v0": Settings(2.0, True, 3.0, 3e-4, 1_000_000, "antmaze", 2, (66.2, 8.6)),
+    "antmaze-medium-play-v0": Settings(2.0, True, 2.0, 1e-3, 1_000_000, "antmaze", 1, (76.6, 10.8)),
+    "antmaze-medium-diverse-v0": Settings(3.0, True, 1.0, 3e-4, 1_000_000, "antmaze", 1, (78.6, 10.3)),
+    "antmaze-large-play-v0": Settings(4.5, True, 10.0, 3e-4, 1_000_000, "antmaze", 2, (46.4, 8.3)),
+    "antmaze-large-diverse-v0": Settings(3.5, True, 7.0, 3e-4, 1_000_000, "antmaze", 1, (56.6, 7.6)),
+    "pen-human-v1": Settings(0.15, False, 7.0, 3e-5, 1_000_000, "standardize", 2, (72.8, 9.6)),
+    "pen-cloned-v1": Settings(0.1, False, 8.0, 3e-5, 1_000_000, "standardize", 2, (57.3, 11.9)),
+    "kitchen-complete-v0": Settings(0.005, False, 9.0, 3e-4, 250_000, "none", 2, (84.0, 7.4)),
+    "kitchen-partial-v0": Settings(0.005, False, 10.0, 3e-4, 1_000_000, "none", 2, (60.5, 6.9)),
+    "kitchen-mixed-v0": Settings(0.005, False, 10.0, 3e-4, 1_000_000, "none", 0, (62.6, 5.1)),
+}
+
+
+def with_settings(args: Args) -> Args:
+    """args with every None that the task's settings answer filled in. Raises BadInput where a value makes no sense."""
+    if args.env_id not in SETTINGS:
+        raise BadInput(f"unknown --env-id {args.env_id}: choose one of {', '.join(SETTINGS)}")
+    settings = SETTINGS[args.env_id]._asdict()
+    args = replace(args, **{k: v for k, v in settings.items() if k != "paper" and getattr(args, k) is None})
+    if args.eval_candidates is None:
+        args = replace(args, eval_candidates=50 if args.eta > 0 else 1)
+    if args.eta == 0 and args.eval_candidates > 1:
+        raise BadInput("--eta 0 trains no critics to choose by: leave out --eval-candidates, or give a small --eta")
+    for names, good, wanted in (
+        ("num_updates batch_size num_steps average_every eval_every eval_episodes eval_candidates log_every",
+         lambda v: v >= 1, "at least 1"),
+        ("seed eta grad_norm average_from eval_temperature offline_rank",
+         lambda v: 0 <= v < math.inf, "finite and at least 0"),
+        ("learning_rate", lambda v: 0 < v < math.inf, "finite and above 0"),
+        ("gamma tau average_decay", lambda v: 0 <= v <= 1, "between 0 and 1"),
+    ):  # fmt: skip
+        for name in names.split():
+            if not good(getattr(args, name)):
+                raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be {wanted}")
+    return args
+
+
+# ----------------------------------------------------------------------------- diffusion policy
+
+
+def beta_schedule(name: str, num_steps: int) -> Tensor:
+    """beta_1 .. beta_N of a noise schedule, float64, (N,).
+
+    vp: the variance-preserving SDE of Song et al. 2021, discretised by Xiao et al. 2022 (the paper's, appendix).
+    linear: Ho et al. 2020. cosine: Nichol and Dhariwal 2021, on the official code's grid.
+    """
+    if name == "vp":
+        i = torch.arange(1, num_steps + 1, dtype=torch.float64)
+        beta_min, beta_max = 0.1, 10.0
+        return 1 - torch.exp(-beta_min / num_steps - 0.5 * (beta_max - beta_min) * (2 * i - 1) / num_steps**2)
+    if name == "linear":
+        return torch.linspace(1e-4, 2e-2, num_steps, dtype=torch.float64)
+    if name == "cosine":
+        x = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+        alpha_bar = torch.cos((x + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, 0.999)
+    raise BadInput(f"unknown --schedule {name}: choose vp, linear or cosine")
+
+
+class Mish(nn.Module):
+    """x tanh(log(1 + e^x)), written with one exponential: F.mish is the costliest part of an update on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        e = x.clamp(max=20).exp()  # above 20 the fraction is 1 to double precision, and e^x would overflow
+        n = e * (e + 2)
+        return x * (n / (n + 2))
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths, Mish between them."""
+    layers = [nn.Linear(widths[0], widths[1])]
+    for w_in, w_out in pairwise(widths[1:]):
+        layers += [Mish(), nn.Linear(w_in, w_out)]
+    return nn.Sequential(*layers)
+
+
+TIME_DIM = 16
+
+
+class DiffusionPolicy(nn.Module):
+    """pi(a | s): the reverse chain of a diffusion model, noise predictor eps(a^i, i, s) (section 3, Eq. 1)."""
+
+    def __init__(self, state_dim: int, action_dim: int, max_action: float = 1.0, num_steps: int = 5, schedule="vp"):
+        super().__init__()
+        self.max_action = max_action
+        self.time_mlp = mlp(TIME_DIM, 2 * TIME_DIM, TIME_DIM)
+        self.trunk = mlp(action_dim + TIME_DIM + state_dim, 256, 256, 256).append(Mish())
+        self.output = nn.Linear(256, action_dim)
+
+        beta = beta_schedule(schedule, num_steps)
+        alpha_bar = torch.cumprod(1 - beta, 0)
+        alpha_bar_prev = torch.cat([torch.ones(1, dtype=beta.dtype), alpha_bar[:-1]])
+        variance = (beta * (1 - alpha_bar_prev) / (1 - alpha_bar)).clamp(min=1e-20)
+        # Reverse step i, of a^i and predicted noise: a^0 = r a^i - m eps, mean = c0 a^0 + ci a^i, deviation sigma
+        self.reverse = torch.stack([
+            (1 / alpha_bar).sqrt(), (1 / alpha_bar - 1).sqrt(),
+            beta * alpha_bar_prev.sqrt() / (1 - alpha_bar), (1 - alpha_bar_prev) * (1 - beta).sqrt() / (1 - alpha_bar),
+            variance.sqrt(),
+        ], 1).tolist()  # fmt: skip
+        self.register_buffer("forward_scale", torch.stack([alpha_bar, 1 - alpha_bar], 1).sqrt(), persistent=False)
+        frequency = torch.exp(-torch.arange(8, dtype=beta.dtype) * math.log(10000) / 7)
+        angle = torch.arange(num_steps, dtype=beta.dtype)[:, None] * frequency
+        self.register_buffer("sinusoid", torch.cat([angle.sin(), angle.cos()], 1), persistent=False)
+
+    def time_embedding(self) -> Tensor:
+        """Of all N steps, (N, 16)."""
+        return self.time_mlp(self.sinusoid.to(self.output.weight.dtype))
+
+    def predict_noise(self, action: Tensor, time_embedding: Tensor, state: Tensor) -> Tensor:
+        """eps(a^i, i, s): action (B, A), time_embedding (B, 16), state (B, S) -> (B, A)."""
+        return self.output(self.trunk(torch.cat([action, time_embedding, state], -1)))
+
+    def sample(self, state: Tensor, noise: Tensor) -> Tensor:
+        """Actions (B, A) in [-max_action, max_action] for states (B, S), differentiable in the parameters.
+
+        noise (N + 1, B, A): noise[0] is a^N, noise[1..N] drive the steps i = N..1; the last adds none.
+        """
+        time_embedding = self.time_embedding()
+        action = noise[0]
+        for step_noise, i in zip(noise[1:], reversed(range(len(self.reverse))), strict=True):
+            r, m, c0, ci, sigma = self.reverse[i]
+            eps = self.predict_noise(action, time_embedding[i].expand(len(state), -1), state)
+            a0 = (r * action - m * eps).clamp(-self.max_action, self.max_action)
+            action = c0 * a0 + ci * action
+            if i > 0:
+                action = action + sigma * step_noise
+        return action.clamp(-self.max_action, self.max_action)
+
+    def bc_loss(self, action: Tensor, state: Tensor, step: Tensor, noise: Tensor) -> Tensor:
+        """L_d, Eq. 2: action (B, A), state (B, S), step (B,) in 0..N-1 with 0 least noisy, noise (B, A) -> ()."""
+        scale = self.forward_scale.to(action.dtype)[step]
+        noisy_action = scale[:, :1] * action + scale[:, 1:] * noise
+        return F.mse_loss(self.predict_noise(noisy_action, self.time_embedding()[step], state), noise)
+
+
+class TwinQ(nn.Module):
+    """Q_1 and Q_2: state (B, S), action (B, A) -> two of (B,)."""
+
+    def __init__(self, state_dim: int, action_dim: int):
+        super().__init__()
+        self.q1 = mlp(state_dim + action_dim, 256, 256, 256, 1)
+        self.q2 = mlp(state_dim + action_dim, 256, 256, 256, 1)
+
+    def forward(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat([state, action], -1)
+        return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
+
+
+# ----------------------------------------------------------------------------- the algorithm
+
+
+class Batch(NamedTuple):
+    """Transitions: state (B, S), action (B, A), reward (B,), next_state (B, S), done (B,) of 0 and 1."""
+
+    state: Tensor
+    action: Tensor
+    reward: Tensor
+    next_state: Tensor
+    done: Tensor
+
+
+class Draws(NamedTuple):
+    """The random numbers of one update: R is B, or 10 B with max_q_backup (ten adjacent rows a next state)."""
+
+    next_noise: Tensor  # (N + 1, R, A) normal, the chain of the backup's actions
+    bc_step: Tensor  # (B,) integers in 0..N-1
+    bc_noise: Tensor  # (B, A) normal
+    policy_noise: Tensor  # (N + 1, B, A) normal, the chain of the policy's actions
+    coin: Tensor  # () uniform: above 0.5, Q_1 is maximised and |Q_2| normalises
+
+
+class ActDraws(NamedTuple):
+    """The random numbers of acting in E states with C candidates: noise (N + 1, E C, A) normal, gumbel (E, C)."""
+
+    noise: Tensor
+    gumbel: Tensor
+
+
+class Losses(NamedTuple):
+    """What one update logs, device tensors of shape ()."""
+
+    critic: Tensor  # Eq. 4, both critics
+    bc: Tensor  # L_d, Eq. 2
+    q: Tensor  # L_q, Eq. 3
+    policy: Tensor  # L_d + eta L_q
+    target_q: Tensor  # mean of Eq. 4's target
+    critic_grad_norm: Tensor  # before clipping
+    policy_grad_norm: Tensor
+
+
+CRITIC_LEARNING_RATE = 3e-4
+BACKUP_ACTIONS = 10
+AGENT_PARTS = ("policy", "policy_ema", "critic", "critic_target", "policy_opt", "critic_opt")
+
+
+class DiffusionQL:
+    """The agent: four networks, two optimizers, a step count. args is completed by the task's settings."""
+
+    def __init__(self, state_dim: int, action_dim: int, args: Args):
+        self.args = args = with_settings(args)
+        self.device = choose_device(args.device)
+        self.action_dim = action_dim
+        self.policy = DiffusionPolicy(state_dim, action_dim, 1.0, args.num_steps, args.schedule).to(self.device)
+        self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
+        self.critic = TwinQ(state_dim, action_dim).to(self.device)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.policy_opt = self.adam(self.policy, args.learning_rate)
+        self.critic_opt = self.adam(self.critic, CRITIC_LEARNING_RATE)
+        self.step = torch.zeros((), dtype=torch.int64, device=self.device)
+        if args.compile:
+            self.critic_loss = torch.compile(self.critic_loss, fullgraph=True, dynamic=False)
+            self.policy_losses = torch.compile(self.policy_losses, fullgraph=True, dynamic=False)
+
+    def adam(self, network: nn.Module, learning_rate: float) -> torch.optim.Adam:
+        """Adam whose learning rate is a device tensor: it can change without waiting for the device."""
+        on_gpu = self.device.type == "cuda"  # its kernel reads a float32 rate
+        lr = torch.tensor(learning_rate, dtype=torch.float32 if on_gpu else torch.float64, device=self.device)
+        return torch.optim.Adam(network.parameters(), lr=lr, fused=True, capturable=on_gpu)
+
+    def draw(self, generator: torch.Generator) -> Draws:
+        """The random numbers of one update, from a generator on the agent's device."""
+        args, on = self.args, {"generator": generator, "device": self.device}
+        shape = (args.batch_size, self.action_dim)
+        rows = args.batch_size * (BACKUP_ACTIONS if args.max_q_backup else 1)
+        return Draws(
+            next_noise=torch.randn(args.num_steps + 1, rows, self.action_dim, **on),
+            bc_step=torch.randint(args.num_steps, shape[:1], **on),
+            bc_noise=torch.randn(shape, **on),
+            policy_noise=torch.randn(args.num_steps + 1, *shape, **on),
+            coin=torch.rand((), **on),
+        )
+
+    def critic_loss(self, batch: Batch, next_noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 4 and the mean of its target. The target's actions come from the policy's average."""
+        with torch.no_grad():
+            copies = len(next_noise[0]) // len(batch.state)
+            next_state = batch.next_state.repeat_interleave(copies, 0)
+            next_action = self.policy_ema.sample(next_state, next_noise)
+            q1, q2 = (q.view(-1, copies).amax(1) for q in self.critic_target(next_state, next_action))
+            target = batch.reward + (1 - batch.done) * self.args.gamma * torch.min(q1, q2)
+        q1, q2 = self.critic(batch.state, batch.action)
+        return F.mse_loss(q1, target) + F.mse_loss(q2, target), target.mean()
+
+    def policy_losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """L_d of Eq. 2 and L_q of Eq. 3: the Q of actions that the chain made, on the scale of the other critic."""
+        bc = self.policy.bc_loss(batch.action, batch.state, draws.bc_step, draws.bc_noise)
+        if self.args.eta == 0:
+            return bc, torch.zeros_like(bc)
+        q1, q2 = self.critic(batch.state, self.policy.sample(batch.state, draws.policy_noise))
+        heads = draws.coin > 0.5
+        q = torch.where(heads, -q1.mean() / q2.detach().abs().mean(), -q2.mean() / q1.detach().abs().mean())
+        return bc, q
+
+    def update(self, batch: Batch, draws: Draws) -> Losses:
+        """One iteration of Algorithm 1. Nothing in it waits for the device."""
+        args = self.args
+        max_norm = args.grad_norm or math.inf
+        if args.lr_decay:
+            self.decay_learning_rates()
+
+        # Critics: Eq. 4; behaviour cloning has none
+        critic_loss = target_q = critic_grad_norm = torch.zeros((), device=self.device)
+        if args.eta > 0:
+            critic_loss, target_q = self.critic_loss(batch, draws.next_noise)
+            self.critic_opt.zero_grad()
+            critic_loss.backward()
+            critic_grad_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), max_norm)
+            self.critic_opt.step()
+
+        # Policy: Eq. 3, its denoising part Eq. 2
+        bc_loss, q_loss = self.policy_losses(batch, draws)
+        policy_loss = bc_loss + args.eta * q_loss
+        self.policy_opt.zero_grad()
+        policy_loss.backward(inputs=list(self.policy.parameters()))
+        policy_grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm)
+        self.policy_opt.step()
+
+        # Targets: the policy's average moves now and then, the critics' targets always
+        moves = (self.step >= args.average_from) & (self.step % args.average_every == 0)
+        move_average(self.policy_ema, self.policy, moves * (1 - args.average_decay))
+        move_average(self.critic_target, self.critic, torch.full_like(bc_loss, args.tau))
+        self.step += 1
+        losses = (critic_loss, bc_loss, q_loss, policy_loss, target_q, critic_grad_norm, policy_grad_norm)
+        return Losses(*(x.detach() for x in losses))
+
+    def decay_learning_rates(self) -> None:
+        """Half a cosine, from the full rate at step 0 to 0 after the last update."""
+        scale = 0.5 * (1 + torch.cos(self.step / self.args.num_updates * math.pi))
+        self.policy_opt.param_groups[0]["lr"].copy_(self.args.learning_rate * scale)
+        self.critic_opt.param_groups[0]["lr"].copy_(CRITIC_LEARNING_RATE * scale)
+
+    def draw_act(self, num_states: int, generator: torch.Generator) -> ActDraws:
+        """The random numbers of acting in num_states states, from a generator on the agent's device."""
+        candidates, on = self.args.eval_candidates, {"generator": generator, "device": self.device}
+        noise = torch.randn(self.args.num_steps + 1, num_states * candidates, self.action_dim, **on)
+        exponential = torch.empty(num_states, candidates, device=self.device).exponential_(generator=generator)
+        return ActDraws(noise, -exponential.log())
+
+    @torch.no_grad()
+    def act(self, state: Tensor, draws: ActDraws) -> Tensor:
+        """Actions (E, A) for states (E, S): of C candidates each, one drawn from the softmax of min target Q."""
+        num_states, candidates = draws.gumbel.shape
+        policy = self.policy_ema if self.args.eval_average else self.policy
+        state = state.repeat_interleave(candidates, 0)
+        action = policy.sample(state, draws.noise)
+        if candidates == 1:
+            return action
+        q = torch.min(*self.critic_target(state, action)).view(num_states, candidates)
+        # Gumbel's trick: the argmax of Q / T plus Gumbel noise is a draw from softmax(Q / T)
+        chosen = (q + self.args.eval_temperature * draws.gumbel).argmax(1)
+        return action.view(num_states, candidates, -1)[torch.arange(num_states, device=self.device), chosen]
+
+    def state_dict(self) -> dict:
+        """All that an update reads and changes."""
+        parts = {name: getattr(self, name).state_dict() for name in AGENT_PARTS}
+        return {**parts, "step": self.step}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in AGENT_PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.step.copy_(state["step"])
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, network: nn.Module, weight: Tensor) -> None:
+    """average <- (1 - weight) average + weight network, in place."""
+    for a, p in zip(average.parameters(), network.parameters(), strict=True):
+        a.lerp_(p, weight.to(a.dtype))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one. Raises BadInput where it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros((), device=name).device
+    except Exception as error:  # torch raises several kinds here
+        raise BadInput(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -> Batch:
+    """The whole data set on the device, its rewards transformed: "none", "standardize" or "antmaze"."""
+    names = ("observations", "actions", "rewards", "next_observations", "terminals")
+    batch = Batch(*(torch.as_tensor(data[name], dtype=torch.get_default_dtype()).to(device) for name in names))
+    if reward == "standardize":
+        return batch._replace(reward=(batch.reward - batch.reward.mean()) / batch.reward.std())
+    if reward == "antmaze":
+        return batch._replace(reward=4 * (batch.reward - 0.5))
+    return batch
+
+
+# ----------------------------------------------------------------------------- evaluation
+
+
+def evaluate(agent: DiffusionQL, envs: list, generator: torch.Generator, seed: int) -> np.ndarray:
+    """Returns (E,) of one episode in each of E environments, side by side: one batch of actions a time step."""
+    states = np.stack([env.reset(seed=seed + k)[0] for k, env in enumerate(envs)])
+    returns, running = np.zeros(len(envs)), np.arange(len(envs))
+    while len(running):
+        state = torch.as_tensor(states[running], dtype=torch.get_default_dtype(), device=agent.device)
+        actions = agent.act(state, agent.draw_act(len(running), generator)).cpu().numpy()
+        ended = np.zeros(len(running), bool)
+        for j, k in enumerate(running):
+            states[k], reward, terminated, truncated, _ = envs[k].step(actions[j])
+            returns[k] += reward
+            ended[j] = terminated or truncated
+        running = running[~ended]
+    return returns
+
+
+def select(rows: list[dict], args: Args) -> dict[str, dict]:
+    """The evaluation that is last, best ("online selection"), and of rank-th lowest denoising loss since the one before
+    ("offline selection": it needs no environment)."""
+    evaluations, losses, weights, start = [], [], [], 0
+    for row in rows:
+        weights.append(row["step"] - start)
+        losses.append(row["bc_loss"])
+        start = row["step"]
+        if row["score"] != "":
+            evaluations.append(row | {"bc_loss": np.average(losses, weights=weights)})
+            losses, weights = [], []
+    by_loss = sorted(evaluations, key=lambda row: row["bc_loss"])
+    chosen = {
+        "last": evaluations[-1],
+        "best": max(evaluations, key=lambda row: row["score"]),
+        "offline": by_loss[min(args.offline_rank, len(by_loss) - 1)],
+    }
+    return {
+        name: {"score": row["score"], "std": row["score_std"], "episodes": args.eval_episodes, "step": row["step"]}
+        for name, row in chosen.items()
+    }
+
+
+def load_policy(run_folder: str | Path, seed: int = 0, device: str = "auto") -> Callable:
+    """The trained policy of a run: states (S,) or (E, S), numpy or torch, in; actions of the same kind out."""
+    args = replace(read_args(Path(run_folder)), device=device, compile=False)
+    task = TASKS[args.env_id]
+    agent = DiffusionQL(task.state_dim, task.action_dim, args)
+    agent.load_state_dict(read_checkpoint(Path(run_folder), agent.device)["agent"])
+    generator = torch.Generator(agent.device).manual_seed(seed)
+
+    def policy(states):
+        x = torch.as_tensor(states, dtype=torch.float32, device=agent.device)
+        rows = x.reshape(-1, task.state_dim)
+        actions = agent.act(rows, agent.draw_act(len(rows), generator)).reshape(*x.shape[:-1], task.action_dim)
+        return actions if isinstance(states, Tensor) else actions.cpu().numpy()
+
+    return policy
+
+
+# ----------------------------------------------------------------------------- the run's folder
+
+LOSS_NAMES = ("critic_loss", "bc_loss", "q_loss", "policy_loss", "target_q", "critic_grad_norm", "policy_grad_norm")
+METRICS = ("step", *LOSS_NAMES, "score", "score_std", "updates_per_second", "seconds")
+
+
+def start_folder(args: Args) -> Path:
+    """Makes the run's folder and writes args.json. Raises BadInput where that cannot be."""
+    name = f"{args.env_id}__dql__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, again = args.runs_dir / name, 0
+    try:
+        while folder.exists():
+            again += 1
+            folder = args.runs_dir / f"{name}-{again}"
+        folder.mkdir(parents=True)
+        write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2, default=str)))
+    except OSError as error:
+        raise BadInput(f"cannot write the run's folder {folder}: {error.strerror}; choose a --runs-dir") from None
+    return folder
+
+
+def read_args(folder: Path) -> Args:
+    """The arguments of the run in a folder. Raises BadInput."""
+    try:
+        saved = json.loads((folder / "args.json").read_text())
+        paths = [f.name for f in fields(Args) if f.type in (Path, Path | None)]
+        return with_settings(Args(**saved | {k: Path(saved[k]) for k in paths if saved[k] is not None}))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"{folder} is not the folder of a run: {error}") from None
+
+
+def read_checkpoint(folder: Path, device: torch.device) -> dict:
+    """{"agent", "generator", "rows"} of a run's last checkpoint. Raises BadInput."""
+    try:
+        return torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{folder / 'checkpoint.pt'} cannot be read as a checkpoint: {reason}") from None
+
+
+def resumed_args(given: Args) -> Args:
+    """The arguments of the run to resume. Raises BadInput where a given flag differs from the run's."""
+    saved, default = read_args(given.resume), Args()
+    free = ("resume", "runs_dir", "device", "track", "capture_video")
+    differ = [
+        f"--{f.name.replace('_', '-')} {getattr(given, f.name)} (the run's: {getattr(saved, f.name)})"
+        for f in fields(Args)
+        if f.name not in free and getattr(given, f.name) not in (getattr(default, f.name), getattr(saved, f.name))
+    ]
+    if differ:
+        raise BadInput(f"a resumed run keeps its arguments; leave out {', '.join(differ)}")
+    return replace(saved, **{name: getattr(given, name) for name in free})
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls write with a path beside, then renames it: no reader and no crash ever finds the file half written."""
+    beside = path.with_name(f".part-{path.name}")
+    try:
+        write(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_metrics(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, METRICS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_curve(path: Path, rows: list[dict], args: Args) -> None:
+    """Score (band: one standard deviation over episodes) and losses over updates."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    step, score, std = np.array([(r["step"], r["score"], r["score_std"]) for r in rows if r["score"] != ""]).T
+    left.plot(step, score, marker=".", label=f"{args.eval_episodes} episodes")
+    left.fill_between(step, score - std, score + std, alpha=0.2)
+    paper = SETTINGS[args.env_id].paper
+    if paper:
+        left.axhline(paper[0], color="gray", linestyle="--", label=f"paper: {paper[0]}")
+    left.set(xlabel="updates", ylabel="normalized score", title=f"{args.env_id}, seed {args.seed}")
+    left.legend()
+    for name in ("critic_loss", "bc_loss", "q_loss"):
+        right.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
+    right.set(xlabel="updates", yscale="symlog", title="losses")
+    right.legend()
+    figure.savefig(path)
+
+
+def versions() -> dict[str, str | int]:
+    """Of what a score depends on."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
+    for package in ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "gym", "d4rl"):
+        if importlib.util.find_spec(package.replace("-", "_")):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+# ----------------------------------------------------------------------------- the run
+
+
+def train(args: Args) -> dict:
+    """Trains, evaluates and writes the run's folder; returns what summary.json says. Raises BadInput."""
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+    args = with_settings(resumed_args(args) if args.resume else args)
+    device, task = choose_device(args.device), TASKS[args.env_id]
+    dataset = make_batch(load_dataset(args.env_id, args.dataset_path, args.env_backend), args.reward, device)
+    envs = make_envs(args.env_id, args.eval_episodes, args.env_backend)
+    video_env = rendering_env(args) if args.capture_video else None
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise BadInput("--track needs Weights & Biases: pip install wandb")
+
+    torch.manual_seed(args.seed)
+    agent = DiffusionQL(task.state_dim, task.action_dim, args)
+    generator, rows = torch.Generator(device).manual_seed(args.seed), []
+    folder = args.resume or start_folder(args)
+    if args.resume:
+        checkpoint = read_checkpoint(folder, device)
+        agent.load_state_dict(checkpoint["agent"])
+        generator.set_state(checkpoint["generator"].cpu())
+        rows = checkpoint["rows"]
+    step = rows[-1]["step"] if rows else 0
+    print(f"{args.env_id}: {len(dataset.state):,} transitions, {device}, updates {step:,} to {args.num_updates:,}, {folder}")
+
+    if args.track:
+        import wandb
+
+        wandb.init(project="dql", name=folder.name, config=asdict(args), sync_tensorboard=True)
+    with (
+        SummaryWriter(folder, purge_step=step + 1 if rows else None) as writer,
+        tqdm(total=args.num_updates, initial=step, mininterval=0.5 if sys.stderr.isatty() else 60) as bar,
+    ):
+        while step < args.num_updates:
+            stop = min(args.num_updates, *((step // every + 1) * every for every in (args.log_every, args.eval_every)))
+            row = update_until(stop, step, agent, dataset, generator, bar)
+            row["seconds"] += rows[-1]["seconds"] if rows else 0.0
+            step = stop
+            if step == args.num_updates or step % args.eval_every == 0:
+                # its own noise, of seed and step: an evaluation changes nothing that training draws
+                eval_generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
+                scores = normalized_score(args.env_id, evaluate(agent, envs, eval_generator, args.seed + 100))
+                row |= {"score": float(scores.mean()), "score_std": float(scores.std())}
+                bar.set_postfix(score=f"{row['score']:.1f}")
+            rows.append(row)
+            save(folder, agent, generator, rows, writer)
+    if video_env:
+        from gymnasium.wrappers import RecordVideo
+
+        with RecordVideo(video_env, str(folder), name_prefix="video", disable_logger=True) as env:
+            evaluate(agent, [env], torch.Generator(device).manual_seed(args.seed), args.seed + 100)
+    return summarize(folder, rows, args)
+
+
+def update_until(stop: int, step: int, agent: DiffusionQL, dataset: Batch, generator: torch.Generator, bar) -> dict:
+    """Updates step + 1 .. stop; returns their row of metrics.csv. It waits for the device once, at the end."""
+    start, sums = time.perf_counter(), torch.zeros(len(LOSS_NAMES), device=agent.device)
+    for _ in range(step, stop):
+        index = torch.randint(len(dataset.state), (agent.args.batch_size,), generator=generator, device=agent.device)
+        batch = Batch(*(x[index] for x in dataset))
+        sums += torch.stack(agent.update(batch, agent.draw(generator)))
+        bar.update()
+    means = (sums / (stop - step)).tolist()
+    seconds = time.perf_counter() - start
+    row = {"step": stop, **dict(zip(LOSS_NAMES, means, strict=True)), "score": "", "score_std": ""}
+    return row | {"updates_per_second": (stop - step) / seconds, "seconds": seconds}
+
+
+def save(folder: Path, agent: DiffusionQL, generator: torch.Generator, rows: list[dict], writer) -> None:
+    """Logs the newest row; after an evaluation, writes the checkpoint and the curve."""
+    row = rows[-1]
+    for name in METRICS[1:]:
+        if row[name] != "":
+            writer.add_scalar(f"{'losses' if name in LOSS_NAMES else 'charts'}/{name}", row[name], row["step"])
+    write_whole(folder / "metrics.csv", lambda path: write_metrics(path, rows))
+    if row["score"] != "":
+        checkpoint = {"agent": agent.state_dict(), "generator": generator.get_state(), "rows": rows}
+        write_whole(folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+        write_whole(folder / "curve.png", lambda path: write_curve(path, rows, agent.args))
+
+
+def rendering_env(args: Args):
+    """An environment that renders, tried out before the training that it shall show. Raises BadInput."""
+    try:
+        env = make_env(args.env_id, args.env_backend, render_mode="rgb_array")
+        env.reset(seed=0)
+        env.render()
+        return env
+    except Exception as error:  # every OpenGL backend fails in its own way
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--capture-video cannot render here ({reason}): try MUJOCO_GL=egl or =osmesa") from None
+
+
+def summarize(folder: Path, rows: list[dict], args: Args) -> dict:
+    """Writes and returns summary.json."""
+    summary = {
+        "env_id": args.env_id,
+        "seed": args.seed,
+        "num_updates": rows[-1]["step"],
+        **select(rows, args),
+        "paper": SETTINGS[args.env_id].paper,
+        "updates_per_second": rows[-1]["step"] / rows[-1]["seconds"],
+        "seconds": rows[-1]["seconds"],
+        "device": args.device,
+        "versions": versions(),
+        "folder": str(folder),
+    }
+    write_whole(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+    return summary
+
+
+def parse(argv: list[str]) -> Args:
+    """The command line's Args; tyro's boxed complaint becomes one line. Raises BadInput."""
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            return tyro.cli(Args, args=argv)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        words = " ".join(re.sub(r"[\u2500-\u257f]", " ", complaint.getvalue()).split())
+        text = re.split(r"Argument helptext|For full helptext", words)[0].strip()
+        raise BadInput(f"{text} (python dql.py --help lists the flags)") from None
+
+
+def main() -> None:
+    try:
+        summary = train(parse(sys.argv[1:]))
+    except BadInput as error:
+        print(f"dql.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{summary['env_id']}, seed {summary['seed']}, {summary['num_updates']} updates, normalized score:")
+    for name in ("last", "best", "offline"):
+        it = summary[name]
+        print(f"  {name:8} {it['score']:6.1f} ± {it['std']:.1f} ({it['episodes']} episodes, update {it['step']})")
+    if summary["paper"]:
+        print(f"  {'paper':8} {summary['paper'][0]:6.1f} ± {summary['paper'][1]:.1f} (5 seeds)")
+    print(summary["folder"])
+
+
+if __name__ == "__main__":
+    main()
