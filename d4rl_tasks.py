@@ -421,8 +421,8 @@ def _mujoco() -> types.ModuleType:
     _package("mujoco")
     import mujoco
 
-    if mujoco.__version__ not in ("3.2.6", "3.2.7"):
-        raise BadInput(f"mujoco {mujoco.__version__} is not known to move as D4RL's does: pip install mujoco==3.2.6")
+    if mujoco.__version__ != "3.2.6":
+        raise BadInput(f"mujoco {mujoco.__version__} does not move as D4RL's: pip install mujoco==3.2.6")
     return mujoco
 
 

@@ -6,18 +6,29 @@ Oracles: the official implementation's figures (reference/official_update.json),
 (reference/classic_steps.npz), closed forms and second implementations in float64.
 """
 
+import csv
+import hashlib
+import http.server
+import itertools
 import json
 import math
+import os
+import re
 import subprocess
 import sys
+import threading
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
 
+import d4rl_tasks
 import dql
+from d4rl_tasks import TASKS, BadInput, load_dataset, make_env, make_envs, normalized_score
 from dql import ActDraws, Args, Batch, DiffusionPolicy, DiffusionQL, Draws, beta_schedule
 
 HERE = Path(__file__).parent
@@ -190,16 +201,16 @@ def test_bc_loss_is_eq_2(float64):
 
 
 def test_mish_and_its_gradient(float64):
-    """The one-exponential form is x tanh(softplus(x)), also where e^x would overflow."""
+    """x tanh(log(1 + e^x)) and its derivative, to the rounding of x itself, also where e^x would overflow."""
     x = torch.cat([torch.linspace(-50, 50, 4001), torch.tensor([-1e4, 0.0, 19.999, 20.001, 1e4])]).requires_grad_()
-    for form in (dql.Mish(), torch.nn.functional.mish):
-        x.grad = None
-        y = form(x)
-        y.sum().backward()
-        if isinstance(form, dql.Mish):
-            got = y.detach(), x.grad
-    np.testing.assert_allclose(got[0], y.detach(), rtol=1e-13, atol=1e-15)
-    np.testing.assert_allclose(got[1], x.grad, rtol=1e-12, atol=1e-14)
+    want = torch.nn.functional.mish(x)
+    (want_slope,) = torch.autograd.grad(want.sum(), x)
+    got = dql.Mish()(x)
+    (slope,) = torch.autograd.grad(got.sum(), x)
+    rounding = 4 * torch.finfo(torch.float64).eps * x.detach().abs().clamp(min=1)
+    assert ((got - want).abs() <= rounding).all()
+    assert ((slope - want_slope).abs() <= rounding).all()
+    assert torch.autograd.gradcheck(dql.Mish(), x[1500:2500:50], check_undefined_grad=False)
 
 
 # ----------------------------------------------------------------- the update
@@ -376,6 +387,7 @@ def test_bandit_finds_the_best_corner():
 
 def hopper_file(path: Path, rows=600) -> Path:
     """A D4RL-layout file of Hopper's widths with random contents."""
+    h5py = pytest.importorskip("h5py")
     rng = np.random.default_rng(0)
     with h5py.File(path, "w") as file:
         file["observations"] = rng.standard_normal((rows, 11)).astype(np.float32)
@@ -399,8 +411,6 @@ TIMES = ("updates_per_second", "seconds")
 
 
 def metrics(folder: Path) -> list[dict]:
-    import csv
-
     with (folder / "metrics.csv").open() as file:
         return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
@@ -564,3 +574,1068 @@ def test_errors_reach_the_shell_without_a_traceback(tmp_path):
     run = [sys.executable, str(HERE / "dql.py"), "--env-id", "no-such-env"]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("dql.py: unknown") and done.stderr.count("\n") == 1
+
+
+FAMILIES = ["halfcheetah-medium-v2", "hopper-medium-v2", "walker2d-medium-v2", "antmaze-medium-play-v0", "pen-human-v1",
+            "kitchen-mixed-v0"]  # fmt: skip
+
+
+def bad_input(call, *words):
+    """call() raises BadInput with all these words, in one line."""
+    with pytest.raises(BadInput) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 2000
+    for word in words:
+        assert word in message, message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------ d4rl_tasks: the table
+
+
+def test_tasks_are_those_that_d4rl_registers():
+    registered = json.loads((HERE / "reference" / "d4rl_tasks.json").read_text())
+    assert set(TASKS) == {*registered, "halfcheetah-demo-v0"} and len(registered) == 20
+    for env_id, theirs in registered.items():
+        ours = TASKS[env_id]
+        assert ours.family == env_id.split("-")[0]
+        assert (ours.state_dim, ours.action_dim) == (theirs["obs_dim"], theirs["act_dim"])
+        assert ours.max_episode_steps == theirs["max_episode_steps"]
+        assert (ours.ref_min_score, ours.ref_max_score) == (theirs["ref_min_score"], theirs["ref_max_score"])
+        assert ours.url == theirs["dataset_url"]
+
+
+def test_known_hashes_belong_to_the_files_of_four_tasks():
+    known = {env_id: task for env_id, task in TASKS.items() if task.sha256}
+    assert set(known) == {
+        "kitchen-complete-v0", "hopper-medium-replay-v2", "walker2d-medium-replay-v2", "hopper-medium-expert-v2"
+    }  # fmt: skip
+    assert all(re.fullmatch("[0-9a-f]{64}", task.sha256) for task in known.values())
+    assert known["kitchen-complete-v0"].size == 556_544
+
+
+def test_normalized_score():
+    assert normalized_score("halfcheetah-medium-v2", 12135.0) == pytest.approx(100, abs=1e-12)
+    assert normalized_score("halfcheetah-demo-v0", -280.178953) == 0
+    assert normalized_score("kitchen-complete-v0", 2.0) == 50
+    np.testing.assert_allclose(normalized_score("antmaze-umaze-v0", np.array([0.0, 0.25, 1.0])), [0, 25, 100])
+    # D4RL's tables: a pen return of 3076.83 is the expert's, of 96.26 the random policy's
+    np.testing.assert_allclose(normalized_score("pen-cloned-v1", np.array([96.262799, 3076.8331017826877])), [0, 100])
+
+
+def test_unknown_ids_are_answered_with_those_that_come_close():
+    for call in (load_dataset, make_env, lambda env_id: normalized_score(env_id, 0.0)):
+        bad_input(lambda call=call: call("halfcheeta-medium-v2"), "halfcheeta-medium-v2", "halfcheetah-medium-v2")
+    bad_input(lambda: make_env("zzz"), "zzz", "kitchen-complete-v0", "pen-human-v1")
+    bad_input(lambda: make_env("pen-human-v1", backend="gym"), "'gym'", "maintained", "d4rl")
+
+
+def test_module_needs_numpy_alone():
+    heavy = ["gymnasium", "gymnasium_robotics", "mujoco", "h5py", "minari", "torch", "tqdm", "gym", "d4rl"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); import d4rl_tasks; print(len(d4rl_tasks.TASKS))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "21"
+
+
+# ----------------------------------------------------------------------------------------------- d4rl_tasks: the loader
+
+HOPPER = "hopper-medium-v2"  # 11 numbers of state, 3 of action, episodes of 1000 steps
+
+
+def rows_of(n, seed=0, state_dim=11, action_dim=3):
+    rng = np.random.default_rng(seed)
+    return {
+        "observations": rng.standard_normal((n, state_dim)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (n, action_dim)).astype(np.float32),
+        "rewards": rng.standard_normal(n).astype(np.float32),
+        "terminals": np.zeros(n, bool),
+    }
+
+
+def write(path, columns, **options):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        for name, values in columns.items():
+            file.create_dataset(name, data=values, **options)
+    return path
+
+
+def plain_loop(columns, limit):
+    """D4RL 1.1's rule, row by row, in the words of design: the oracle."""
+    kept, count = [], 0
+    for i in range(len(columns["rewards"]) - 1):
+        final = bool(columns["timeouts"][i]) if "timeouts" in columns else count == limit - 1
+        if final:
+            count = 0
+            continue
+        if columns["terminals"][i]:
+            count = 0
+        kept.append(i)
+        count += 1
+    kept = np.array(kept, int)
+    return {
+        "observations": columns["observations"][kept].astype(np.float32),
+        "actions": columns["actions"][kept].astype(np.float32),
+        "next_observations": columns["observations"][kept + 1].astype(np.float32),
+        "rewards": columns["rewards"].reshape(-1)[kept].astype(np.float32),
+        "terminals": columns["terminals"].reshape(-1)[kept].astype(bool),
+    }
+
+
+def same(ours, theirs):
+    assert set(ours) == set(theirs)
+    for name, values in theirs.items():
+        assert ours[name].dtype == values.dtype and ours[name].shape == values.shape, name
+        np.testing.assert_array_equal(ours[name], values, err_msg=name)
+
+
+HAND_MADE = [  # terminals, timeouts or None, the rows that are kept
+    ("00000", None, [0, 1, 2, 3]),
+    ("01000", None, [0, 1, 2, 3]),
+    ("00000", "00100", [0, 1, 3]),
+    ("00100", "00100", [0, 1, 3]),  # terminal and timeout: left out
+    ("00100", "00010", [0, 1, 2]),
+    ("00001", "00001", [0, 1, 2, 3]),  # the last row is never used, whatever it says
+    ("11111", "00000", [0, 1, 2, 3]),
+    ("00", None, [0]),
+    ("10", "01", [0]),
+]
+
+
+@pytest.mark.parametrize(("terminals", "timeouts", "kept"), HAND_MADE)
+def test_loader_keeps_the_rows_that_d4rl_keeps(tmp_path, terminals, timeouts, kept):
+    columns = rows_of(len(terminals)) | {"terminals": np.array(list(terminals)) == "1"}
+    if timeouts:
+        columns["timeouts"] = np.array(list(timeouts)) == "1"
+    ours = load_dataset(HOPPER, write(tmp_path / "d.hdf5", columns))
+    np.testing.assert_array_equal(ours["observations"], columns["observations"][kept])
+    np.testing.assert_array_equal(ours["next_observations"], columns["observations"][np.array(kept) + 1])
+    np.testing.assert_array_equal(ours["actions"], columns["actions"][kept])
+    np.testing.assert_array_equal(ours["rewards"], columns["rewards"][kept])
+    np.testing.assert_array_equal(ours["terminals"], columns["terminals"][kept])
+
+
+def test_step_count_ends_episodes_where_a_plain_count_does():
+    """All 2^n patterns of terminal rows, for n up to 11 and episodes of 2 to 5 steps."""
+    for n, limit in itertools.product(range(1, 12), range(2, 6)):
+        for bits in itertools.product((False, True), repeat=n):
+            terminals, count = np.array(bits), 0
+            ours = d4rl_tasks._count_ends(terminals, limit)
+            for i in range(n):
+                final = count == limit - 1
+                assert ours[i] == final, (bits, limit)
+                count = 0 if final else 1 if bits[i] else count + 1
+
+
+def test_count_ends_by_hand():
+    """Episodes of 4 steps: the first leaves out row 3, one that follows a terminal row is left out a step early."""
+    count_ends = d4rl_tasks._count_ends
+    assert np.flatnonzero(count_ends(np.zeros(12, bool), 4)).tolist() == [3, 7, 11]
+    terminals = np.zeros(12, bool)
+    terminals[1] = True  # row 2 counts 1, row 4 counts 3
+    assert np.flatnonzero(count_ends(terminals, 4)).tolist() == [4, 8]
+    terminals[4] = True  # terminal on a final row: left out, and the count begins at 0
+    assert np.flatnonzero(count_ends(terminals, 4)).tolist() == [4, 8]
+
+
+def random_columns(seed):
+    """(env_id, columns) of a random file; RandomState, for its streams never change."""
+    rng = np.random.RandomState(seed)
+    env_id = [HOPPER, "kitchen-complete-v0", "pen-human-v1", "antmaze-umaze-v0"][seed % 4]
+    task = TASKS[env_id]
+    n = rng.randint(2, 3 * task.max_episode_steps)
+    columns = {
+        "observations": rng.standard_normal((n, task.state_dim)),
+        "actions": rng.uniform(-1, 1, (n, task.action_dim)),
+        "rewards": rng.standard_normal(n),
+        "terminals": rng.uniform(size=n) < rng.choice([0, 0.001, 0.01, 0.3]),
+    }
+    if rng.uniform() < 0.5:
+        columns["timeouts"] = rng.uniform(size=n) < rng.choice([0, 0.01, 0.3])
+    for name in ("rewards", "terminals"):
+        if rng.uniform() < 0.3:
+            columns[name] = columns[name].reshape(n, 1)
+    for name in ("observations", "actions", "rewards"):
+        columns[name] = columns[name].astype(rng.choice(["f2", "f4", "f8", ">f4"]))
+    columns["terminals"] = columns["terminals"].astype(rng.choice(["?", "u1", "i8", "f4"]))
+    return env_id, columns | {"next_observations": np.full((n, 2), 7.0)}  # which D4RL never reads
+
+
+def digest(dataset):
+    parts = b"".join(dataset[name].tobytes() for name in sorted(dataset))
+    return hashlib.sha256(parts).hexdigest()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_loader_equals_a_plain_loop_and_d4rl_on_random_files(tmp_path, seed):
+    """classic_qlearning.json: the digest of what the real d4rl.qlearning_dataset makes of the same file."""
+    env_id, columns = random_columns(seed)
+    path = write(tmp_path / "d.hdf5", columns, compression="gzip" if seed % 3 else None)
+    ours = load_dataset(env_id, path)
+    same(ours, plain_loop(columns, TASKS[env_id].max_episode_steps))
+    frozen = json.loads((HERE / "reference" / "classic_qlearning.json").read_text())
+    assert digest(ours) == frozen[seed]
+
+
+def test_loader_reads_the_published_kitchen_file_if_it_is_there():
+    path = Path(os.environ.get("D4RL_DATASET_DIR", ""), TASKS["kitchen-complete-v0"].url.rsplit("/", 1)[1])
+    if not path.is_file():
+        pytest.skip("set D4RL_DATASET_DIR to the folder of D4RL's files")
+    data = load_dataset("kitchen-complete-v0")
+    assert data["observations"].shape == (3679, 60) and data["terminals"].sum() == 18
+    assert set(data["rewards"].tolist()) == {0, 1, 2, 3, 4} and np.abs(data["actions"]).max() < 1
+    d4rl_tasks._verify(path, TASKS["kitchen-complete-v0"])  # its size and hash are those of the table
+
+
+def test_demo_data_are_read_from_beside_the_module(tmp_path, monkeypatch):
+    columns = rows_of(5, state_dim=17, action_dim=6)
+    monkeypatch.setattr(d4rl_tasks, "DEMO_FILE", write(tmp_path / "demo.hdf5", columns))
+    same(load_dataset("halfcheetah-demo-v0"), plain_loop(columns, 1000))
+    monkeypatch.setattr(d4rl_tasks, "DEMO_FILE", tmp_path / "gone.hdf5")
+    bad_input(lambda: load_dataset("halfcheetah-demo-v0"), "gone.hdf5", "does not exist")
+
+
+def change(**columns):
+    return rows_of(6) | columns
+
+
+def numbers(n, dtype):
+    return np.zeros(n, dtype)
+
+
+NAN, INF, BIG = np.zeros((6, 11)), np.zeros(6), np.zeros((6, 11))
+NAN[4, 2], INF[3], BIG[2, 2] = np.nan, -np.inf, 1e300
+HOSTILE = {  # what is in the file, and words of the error
+    "no rewards": ({k: v for k, v in rows_of(6).items() if k != "rewards"}, ["has no rewards"]),
+    "empty file": ({}, ["has no observations"]),
+    "narrow states": (change(observations=np.zeros((6, 10))), ["observations", "(6, 10)", "(6, 11)", "hopper"]),
+    "wide actions": (change(actions=np.zeros((6, 4))), ["actions", "(6, 4)", "(6, 3)"]),
+    "flat states": (change(observations=np.zeros(66)), ["observations"]),
+    "states of three axes": (change(observations=np.zeros((6, 11, 1))), ["(6, 11, 1)"]),
+    "scalar": (change(observations=np.float32(3)), ["observations"]),
+    "short actions": (change(actions=np.zeros((5, 3))), ["actions", "(5, 3)"]),
+    "short rewards": (change(rewards=np.zeros(5)), ["rewards", "(5,)"]),
+    "long timeouts": (change(timeouts=np.zeros(7, bool)), ["timeouts", "(7,)"]),
+    "two rewards": (change(rewards=np.zeros((6, 2))), ["rewards", "(6, 2)"]),
+    "nan": (change(observations=NAN), ["observations of row 4", "not finite"]),
+    "inf": (change(rewards=INF), ["rewards of row 3", "not finite"]),
+    "more than float32": (change(observations=BIG), ["observations of row 2", "not finite"]),
+    "nan terminal": (change(terminals=np.array([0, 0, np.nan, 0, 0, 0])), ["terminals of row 2"]),
+    "unscaled actions": (change(actions=np.full((6, 3), -30.0)), ["actions reach 30", "[-1, 1]"]),
+    "strings": (change(rewards=np.array([b"a"] * 6)), ["rewards", "numbers"]),
+    "complex": (change(rewards=numbers(6, "c8")), ["rewards", "numbers"]),
+    "compound": (change(rewards=numbers(6, [("a", "f4")])), ["rewards", "numbers"]),
+    "no row": (rows_of(0), ["no transition"]),
+    "one row": (rows_of(1), ["no transition"]),
+    "all timeouts": (change(timeouts=np.ones(6, bool)), ["no transition"]),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_data_that_are_not_the_tasks_are_refused(tmp_path, name):
+    columns, words = HOSTILE[name]
+    bad_input(lambda: load_dataset(HOPPER, write(tmp_path / "bad.hdf5", columns)), "bad.hdf5", *words)
+
+
+def test_data_of_ragged_or_python_objects_are_refused(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = write(tmp_path / "bad.hdf5", {k: v for k, v in rows_of(6).items() if k != "rewards"})
+    with h5py.File(path, "a") as file:
+        ragged = file.create_dataset("rewards", 6, dtype=h5py.vlen_dtype(np.float32))
+        ragged[0] = np.zeros(3)
+    bad_input(lambda: load_dataset(HOPPER, path), "rewards", "numbers")
+    with h5py.File(path, "a") as file:
+        del file["rewards"]
+        file.create_dataset("rewards", data=["one"] * 6, dtype=h5py.string_dtype())
+    bad_input(lambda: load_dataset(HOPPER, path), "rewards", "numbers")
+    with h5py.File(path, "a") as file:
+        del file["rewards"]
+        file.create_group("rewards")
+    bad_input(lambda: load_dataset(HOPPER, path), "rewards", "group")
+
+
+def test_data_of_integers_and_single_flags_are_read(tmp_path):
+    columns = change(rewards=np.arange(6), actions=np.ones((6, 3), np.int8), terminals=np.array([0, 0, 2, 0, 0, 0]))
+    data = load_dataset(HOPPER, write(tmp_path / "d.hdf5", columns))
+    assert data["rewards"].tolist() == [0, 1, 2, 3, 4] and data["rewards"].dtype == np.float32
+    assert data["terminals"].tolist() == [False, False, True, False, False]
+
+
+def test_paths_that_are_no_data_files_are_refused(tmp_path):
+    good = write(tmp_path / "good.hdf5", rows_of(2000)).read_bytes()
+    bad_input(lambda: load_dataset(HOPPER, tmp_path / "none.hdf5"), "none.hdf5", "does not exist")
+    bad_input(lambda: load_dataset(HOPPER, tmp_path), str(tmp_path), "inari")
+    bad_input(lambda: load_dataset(HOPPER, "~no-such-user/d.hdf5"), "does not exist")
+    bad_input(lambda: load_dataset(HOPPER, "a\0b"), "HDF5")
+    os.mkfifo(tmp_path / "fifo")
+    bad_input(lambda: load_dataset(HOPPER, tmp_path / "fifo"), "not a file")
+    bad_input(lambda: load_dataset(HOPPER, os.devnull), "not a file")
+    bad = tmp_path / "bad.hdf5"
+    for content in (b"", b"not HDF5 at all\n" * 99, good[:100], good[: len(good) // 2], good[:-1]):
+        bad.write_bytes(content)
+        bad_input(lambda: load_dataset(HOPPER, bad), "bad.hdf5", "HDF5")
+
+
+def test_damaged_files_are_refused_or_read(tmp_path):
+    """Bytes of the file's structure overwritten: BadInput or arrays of the right shapes, and nothing else."""
+    path, good = tmp_path / "d.hdf5", write(tmp_path / "g.hdf5", rows_of(40), compression="gzip").read_bytes()
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(300):
+        damaged = bytearray(good)
+        for place in rng.integers(0, len(good), 3):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            data = load_dataset(HOPPER, path)
+            assert data["observations"].shape == data["next_observations"].shape == (len(data["rewards"]), 11)
+        except BadInput:
+            refused += 1
+    assert 30 < refused < 300
+
+
+def test_claims_that_a_file_cannot_hold_are_refused_before_they_are_read(tmp_path):
+    h5py = pytest.importorskip("h5py")
+
+    def claim(n, chunks):
+        path = tmp_path / "claim.hdf5"
+        with h5py.File(path, "w") as file:
+            for name, shape in {"observations": (n, 11), "actions": (n, 3), "rewards": (n,), "terminals": (n,)}.items():
+                size = chunks[: len(shape)] if chunks else None
+                file.create_dataset(name, shape, "f4", chunks=size)
+        return path
+
+    start = time.monotonic()
+    for n, chunks in itertools.product((10**7, 10**12, 2**56), (None, (1000, 1))):
+        bad_input(lambda n=n, chunks=chunks: load_dataset(HOPPER, claim(n, chunks)), "claims")
+    bad_input(lambda: load_dataset(HOPPER, claim(300_000, (1, 1))), "claims")  # small, but of millions of pieces
+    bomb = {name: np.zeros((10**6, *values.shape[1:])) for name, values in rows_of(1).items()}
+    write(tmp_path / "bomb.hdf5", bomb, compression="gzip")
+    bad_input(lambda: load_dataset(HOPPER, tmp_path / "bomb.hdf5"), "claims")
+    assert time.monotonic() - start < 10
+    assert not load_dataset(HOPPER, claim(1000, (100, 3)))["observations"].any()  # unwritten, but small: zeros, by HDF5
+
+
+def test_links_are_not_followed(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    other = write(tmp_path / "other.hdf5", rows_of(6))
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "raw").write_bytes(bytes(6 * 4))
+    layout = h5py.VirtualLayout((6,), "f4")
+    layout[:] = h5py.VirtualSource(other, "rewards", (6,))
+    links = {
+        "soft": lambda file: file.__setitem__("rewards", h5py.SoftLink("/actions")),
+        "external": lambda file: file.__setitem__("rewards", h5py.ExternalLink(other, "rewards")),
+        "fifo": lambda file: file.__setitem__("rewards", h5py.ExternalLink(tmp_path / "fifo", "rewards")),
+        "dangling": lambda file: file.__setitem__("rewards", h5py.SoftLink("/nowhere")),
+        "virtual": lambda file: file.create_virtual_dataset("rewards", layout),
+        "storage": lambda file: file.create_dataset("rewards", 6, "f4", external=[(str(tmp_path / "raw"), 0, 24)]),
+    }
+    for name, link in links.items():
+        path = write(tmp_path / f"{name}.hdf5", {k: v for k, v in rows_of(6).items() if k != "rewards"})
+        with h5py.File(path, "a") as file:
+            link(file)
+        bad_input(lambda path=path: load_dataset(HOPPER, path), "rewards", "link")
+
+
+def test_a_million_rows_load_in_seconds_and_little_memory(tmp_path):
+    n, code = 1_000_000, """
+import resource, sys, time, h5py, d4rl_tasks
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+data = d4rl_tasks.load_dataset("halfcheetah-medium-v2", sys.argv[1])
+assert len(data["rewards"]) == 999_000
+print(time.monotonic() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"""
+    columns = rows_of(n, 0, 17, 6)
+    size = sum(values.nbytes for values in columns.values())
+    path = write(tmp_path / "large.hdf5", columns)
+    run = subprocess.run([sys.executable, "-c", code, path], cwd=HERE, capture_output=True, text=True, check=True)
+    seconds, memory = map(float, run.stdout.split())
+    assert seconds < 5 and memory < 3 * size, (seconds, memory / size)
+
+
+# ----------------------------------------------------------------------------------------- d4rl_tasks: the environments
+
+mujoco_wanted = pytest.mark.skipif(
+    not all(map(d4rl_tasks.find_spec, ("gymnasium", "gymnasium_robotics", "mujoco"))), reason="no simulator installed"
+)
+
+
+def classic_steps(file):
+    """{task: {qpos, qvel, action, obs, next_obs, reward, done[, goal]}}, single steps of the classic stack."""
+    steps = {}
+    with np.load(HERE / "reference" / file) as arrays:
+        for key in arrays:
+            task, name = key.split("/")
+            steps.setdefault(task, {})[name] = arrays[key]
+    return steps
+
+
+CLASSIC = classic_steps("classic_steps.npz")
+CONTACTS = classic_steps("classic_contacts.npz")  # an ant at a wall, and a pen at its target
+
+
+def compare_steps(env_id, steps, rows):
+    """Takes the rows' steps of the classic stack in our environment; all must be its steps, to rounding."""
+    env = make_env(env_id)
+    raw = env.unwrapped
+    for i in rows:
+        env.reset(seed=0)
+        raw.noise = 0.0  # kitchen's, which the classic steps are without
+        if env_id.startswith("pen"):
+            raw.set_target(steps["goal"][i])
+        elif "goal" in steps:
+            raw.goal = steps["goal"][i]
+        raw.set_state(steps["qpos"][i], steps["qvel"][i])
+        np.testing.assert_allclose(raw.observe(), steps["obs"][i], rtol=0, atol=1e-12, err_msg=str(i))
+        observation, reward, terminated, truncated, _ = env.step(steps["action"][i])
+        np.testing.assert_allclose(observation, steps["next_obs"][i], rtol=0, atol=1e-11, err_msg=str(i))
+        assert reward == pytest.approx(steps["reward"][i], rel=0, abs=1e-11), i
+        assert (terminated, truncated) == (steps["done"][i], False), i
+
+
+@mujoco_wanted
+@pytest.mark.parametrize("name", CLASSIC)
+def test_single_steps_are_those_of_the_classic_stack(name):
+    assert len(CLASSIC[name]["qpos"]) == 60
+    compare_steps(name.removesuffix("-demo"), CLASSIC[name], range(60))
+
+
+@mujoco_wanted
+@pytest.mark.parametrize("env_id", CONTACTS)
+def test_contacts_are_those_of_the_classic_stack(env_id):
+    compare_steps(env_id, CONTACTS[env_id], range(20))
+
+
+@mujoco_wanted
+def test_the_tasks_of_gymnasium_are_others():
+    """What the test above can see: HalfCheetah-v5's single steps, of the same rules with another mass, are far off."""
+    import gymnasium
+
+    steps, env, off = CLASSIC["halfcheetah-medium-v2"], gymnasium.make("HalfCheetah-v5"), []
+    for i in range(60):
+        env.reset(seed=0)
+        env.unwrapped.set_state(steps["qpos"][i], steps["qvel"][i])
+        off.append(np.abs(env.step(steps["action"][i])[0] - steps["next_obs"][i]).max())
+    assert np.median(off) > 0.05 and max(off) > 0.2
+
+
+@mujoco_wanted
+@pytest.mark.parametrize("env_id", TASKS)
+def test_every_task_steps_and_a_seed_begins_one_episode(env_id):
+    import gymnasium
+
+    task, env, other = TASKS[env_id], *make_envs(env_id, 2)
+    assert isinstance(env, gymnasium.Env) and env.unwrapped.metadata["render_fps"] in (10, 12, 20, 50, 100, 125)
+    actions = np.random.default_rng(0).uniform(-1, 1, (4, task.action_dim)).astype(np.float32)
+
+    def episode(env, seed):
+        rows = [env.reset(seed=seed)[0]]
+        for action in actions:
+            observation, reward, terminated, truncated, info = env.step(action)
+            assert type(reward) is float and type(terminated) is bool and type(truncated) is bool and info == {}
+            rows.append(np.append(observation, reward))
+        return np.concatenate(rows)
+
+    first = episode(env, 3)
+    assert env.observation_space.contains(env.reset()[0]) and env.observation_space.shape == (task.state_dim,)
+    assert env.action_space.contains(actions[0])
+    np.testing.assert_array_equal(episode(env, 3), first)
+    np.testing.assert_array_equal(episode(other, 3), first)
+    assert not np.array_equal(episode(other, 4), first)
+
+
+@mujoco_wanted
+@pytest.mark.parametrize("env_id", FAMILIES)
+def test_environments_side_by_side_are_as_if_alone(env_id, monkeypatch):
+    """Sharing a model, whether in turns or in threads, gives what an environment with a model of its own gives."""
+    n, steps, task = 4, 6, TASKS[env_id]
+    actions = np.random.default_rng(1).uniform(-1, 1, (n, steps, task.action_dim)).astype(np.float32)
+
+    def start(envs):
+        return [env.reset(seed=seed)[0] for seed, env in enumerate(envs)]
+
+    def alone(i, env):
+        return [np.append(*env.step(action)[:2]) for action in actions[i]]
+
+    envs = make_envs(env_id, n)
+    assert len({id(env.unwrapped.model) for env in envs}) == 1 and len({id(env.unwrapped.data) for env in envs}) == n
+    first = start(envs)
+    in_turns = [[np.append(*env.step(actions[i][t])[:2]) for i, env in enumerate(envs)] for t in range(steps)]
+    start(envs)
+    with ThreadPoolExecutor(n) as pool:
+        in_threads = list(pool.map(alone, range(n), envs))
+    with monkeypatch.context() as patch:
+        patch.setattr(d4rl_tasks, "_model", d4rl_tasks._model.__wrapped__)  # compiles anew
+        own = make_envs(env_id, 2)
+    assert own[0].unwrapped.model is not own[1].unwrapped.model
+    np.testing.assert_array_equal(start(own), first[:2])
+    for i, env in enumerate(own):
+        expected = alone(i, env)
+        np.testing.assert_array_equal([row[i] for row in in_turns], expected)
+        np.testing.assert_array_equal(in_threads[i], expected)
+
+
+@mujoco_wanted
+@pytest.mark.parametrize("env_id", FAMILIES)
+def test_actions_are_clipped_as_d4rl_clips_them(env_id):
+    """The cost of control, too, is that of the clipped action."""
+    env, results = make_env(env_id), []
+    for scale in (1, 7):
+        env.reset(seed=0)
+        action = scale * np.where(np.arange(TASKS[env_id].action_dim) % 2, 1, -1).astype(np.float32)
+        results.append(env.step(action)[:2])
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+@mujoco_wanted
+@pytest.mark.parametrize(
+    "env_id", ["halfcheetah-medium-v2", "antmaze-umaze-v0", "antmaze-large-play-v0", "kitchen-mixed-v0"]
+)
+def test_episodes_are_truncated_at_d4rls_length(env_id):
+    env, task = make_env(env_id), TASKS[env_id]
+    env.reset(seed=0)
+    action = np.zeros(task.action_dim, np.float32)
+    ends = [env.step(action)[2:4] for _ in range(task.max_episode_steps)]
+    assert not any(terminated for terminated, _ in ends)
+    assert [truncated for _, truncated in ends] == [False] * (task.max_episode_steps - 1) + [True]
+
+
+@mujoco_wanted
+def test_pen_is_truncated_after_100_steps_and_ends_when_it_falls():
+    env, rng = make_env("pen-human-v1"), np.random.default_rng(0)
+    lengths = set()
+    for seed in range(10):
+        env.reset(seed=seed)
+        for t in range(1, 101):
+            action = rng.uniform(-1, 1, 24) if seed < 8 else np.zeros(24)
+            observation, reward, terminated, truncated, _ = env.step(action)
+            assert terminated == (observation[26] < 0.075)
+            away, likeness = np.linalg.norm(observation[39:42]), observation[33:36] @ observation[36:39]
+            assert reward == pytest.approx(
+                likeness - away - 5 * terminated + (10 * (likeness > 0.9) + 50 * (likeness > 0.95)) * (away < 0.075)
+            )
+            if terminated or truncated:
+                lengths.add((t, terminated))
+                break
+    assert (100, False) in lengths and any(terminated for _, terminated in lengths)
+
+
+@mujoco_wanted
+def test_first_states_are_drawn_as_d4rl_draws_them():
+    for env_id, spread in (("halfcheetah-medium-v2", 0.1), ("hopper-medium-v2", 5e-3), ("walker2d-medium-v2", 5e-3)):
+        env = make_env(env_id)
+        model, data = env.unwrapped.model, env.unwrapped.data
+        drawn = [(env.reset(seed=seed), data.qpos - model.qpos0, data.qvel + 0)[1:] for seed in range(300)]
+        qpos, qvel = map(np.array, zip(*drawn, strict=True))
+        assert 0.95 * spread < np.abs(qpos).max() <= spread and abs(qpos.std() / spread - 3**-0.5) < 0.03
+        # HalfCheetah's velocities are normal, the others' uniform
+        assert abs(qvel.std() / spread - (1 if spread == 0.1 else 3**-0.5)) < 0.05
+    env = make_env("kitchen-complete-v0")
+    seen, goal = np.split(np.array([env.reset(seed=seed)[0] for seed in range(200)]), 2, axis=1)
+    first = d4rl_tasks.KITCHEN_START.copy()
+    first[26:] /= np.linalg.norm(first[26:])  # the kettle's quaternion, which d4rl's simulator normalizes
+    robot, things = np.split(np.abs(seen - first), [9], axis=1)
+    assert 0.0095 < robot.max() <= 0.01  # a tenth of franka_config.xml's 0.1
+    np.testing.assert_array_less(things.max(axis=0), d4rl_tasks.KITCHEN_NOISE[9:] + 1e-12)
+    assert (things.max(axis=0) > 0.9 * d4rl_tasks.KITCHEN_NOISE[9:]).all()
+    assert (goal == goal[0]).all() and np.count_nonzero(goal[0]) == 9  # kettle's seven numbers have two zeros
+
+
+@mujoco_wanted
+def test_pens_target_is_turned_as_in_the_classic_stack():
+    """Turns about x and y of at most one radian: quaternions with w z = x y, as the classic stack's are."""
+    env = make_env("pen-cloned-v1")
+    turned = []
+    for seed in range(300):
+        observation = env.reset(seed=seed)[0]
+        turned.append(observation[36:39])
+    classic = CLASSIC["pen-human-v1"]["goal"]
+    np.testing.assert_allclose(classic[:, 0] * classic[:, 3], classic[:, 1] * classic[:, 2], atol=1e-12)
+    turned = np.array(turned)
+    about_x, about_y = np.arctan2(-turned[:, 1], turned[:, 2]), np.arcsin(turned[:, 0])
+    for angle in (about_x, about_y):
+        assert -1 <= angle.min() < -0.97 and 0.97 < angle.max() <= 1 and abs(angle.std() - 3**-0.5) < 0.03
+
+
+@mujoco_wanted
+@pytest.mark.parametrize(
+    ("maze", "corner"), [("umaze", (0, 8)), ("medium", (20, 20)), ("large", (32, 24))]  # the goal's cell, in metres
+)
+def test_antmaze_goals_and_starts(maze, corner):
+    env = make_env(f"antmaze-{maze}-diverse-v0")
+    raw, goals, places = env.unwrapped, [], []
+    for seed in range(200):
+        observation = env.reset(seed=seed)[0]
+        assert np.linalg.norm(observation[3:7]) == pytest.approx(1, abs=1e-12)  # of a quaternion drawn with noise
+        places.append(observation[:2])
+        goals.append(raw.goal)
+    goals, places = np.array(goals), np.array(places)
+    drawn = goals - corner  # the sum of draws from [0, 1] and [0, 0.5]
+    assert drawn.min() >= 0 and drawn.max() <= 1.5 and abs(drawn.mean() - 0.75) < 0.05
+    assert abs(drawn.std() - (1.25 / 12) ** 0.5) < 0.05
+    assert np.abs(places).max() <= 0.1 and places.std() > 0.05
+    env.reset()
+    np.testing.assert_array_equal(raw.goal, goals[-1])  # without a seed the environment keeps its goal, as d4rl's does
+    ends = set()
+    for away in np.linspace(-0.6, 0.6, 41):
+        env.reset(seed=0)
+        raw.set_state(np.append(raw.goal - [away, 0], raw.data.qpos[2:]), np.zeros(14))
+        observation, reward, terminated, _, _ = env.step(np.zeros(8, np.float32))
+        reached = np.hypot(*(observation[:2] - raw.goal)) <= 0.5
+        assert (reward, terminated) == (float(reached), reached)
+        ends.add(terminated)
+    assert ends == {False, True}
+
+
+@mujoco_wanted
+@pytest.mark.parametrize("maze", ["umaze", "medium", "large"])
+def test_antmaze_walls_leave_a_way_to_the_goal(maze):
+    """The walls enclose the maze, and its goal can be reached from its start: a flood over the model's own boxes."""
+    import mujoco
+
+    model = make_env(f"antmaze-{maze}-play-v0" if maze != "umaze" else "antmaze-umaze-v0").unwrapped.model
+    boxes = model.geom_pos[model.geom_type == mujoco.mjtGeom.mjGEOM_BOX]
+    walls = {tuple(cell) for cell in (boxes[:, :2] / 4).round().astype(int)}
+    assert len(walls) == len(boxes) == {"umaze": 18, "medium": 38, "large": 62}[maze]
+    reached, edge = {(0, 0)}, [(0, 0)]
+    while edge:
+        x, y = edge.pop()
+        for cell in ((x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1)):
+            if cell not in walls | reached:
+                reached.add(cell)
+                edge.append(cell)
+    goal = d4rl_tasks._cells(maze, "G")[0]
+    assert (goal[0] / 4, goal[1] / 4) in reached and len(reached) == {"umaze": 7, "medium": 26, "large": 46}[maze]
+
+
+@mujoco_wanted
+@pytest.mark.parametrize(("env_id", "fourth"), [("kitchen-partial-v0", [19]), ("kitchen-mixed-v0", [11, 12])])
+def test_kitchen_pays_once_for_each_thing_and_ends_with_the_fourth(env_id, fourth):
+    env = make_env(env_id)
+    env.reset(seed=0)
+    raw, rewards, ends = env.unwrapped, [], []
+    qpos = raw.data.qpos.copy()
+    for places in ([22], [17, 18], [], list(range(23, 30)), fourth):
+        qpos[places] = raw.goal[places]
+        raw.set_state(qpos, np.zeros(29))
+        _, reward, terminated, _, _ = env.step(np.zeros(9, np.float32))
+        rewards.append(reward)
+        ends.append(terminated)
+    assert rewards == [1, 1, 0, 1, 1] and ends == [False] * 4 + [True]
+    env.reset()
+    assert not env.step(np.zeros(9, np.float32))[2] and env.unwrapped.todo == set(raw.things)
+
+
+@mujoco_wanted
+def test_pictures_change_nothing():
+    code = """
+import numpy as np, d4rl_tasks
+for env_id in ("hopper-medium-v2", "pen-human-v1"):
+    ends = []
+    for mode in ("rgb_array", None):
+        env = d4rl_tasks.make_env(env_id, render_mode=mode)
+        env.reset(seed=0)
+        for t in range(3):
+            observation = env.step(env.action_space.high / 2)[0]
+            if mode and t == 1:
+                picture = env.render()
+                assert picture.shape == (480, 480, 3) and picture.std() > 5, (picture.shape, picture.std())
+        ends.append(observation)
+        env.close()
+    assert np.array_equal(*ends)
+print("drawn")"""
+    for library in ("osmesa", "egl"):
+        environment = {**os.environ, "MUJOCO_GL": library, "PYOPENGL_PLATFORM": library}
+        run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, env=environment)
+        if "drawn" in run.stdout:
+            return
+        assert "AssertionError" not in run.stderr, run.stderr
+    pytest.skip("no OpenGL library to draw with")
+
+
+@mujoco_wanted
+def test_packages_that_are_missing_or_do_not_fit_are_named(monkeypatch):
+    import mujoco
+
+    d4rl_tasks._mujoco.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(mujoco, "__version__", "3.3.0")
+        bad_input(lambda: make_env("hopper-medium-v2"), "mujoco 3.3.0", "pip install mujoco==3.2.6")
+    found = d4rl_tasks.find_spec
+    for name, call in {"gymnasium": make_env, "mujoco": make_env, "h5py": load_dataset}.items():
+        monkeypatch.setattr(d4rl_tasks, "find_spec", lambda other, name=name: None if other == name else found(other))
+        bad_input(lambda call=call: call("halfcheetah-demo-v0"), f"{name} is not installed", "requirements.txt")
+
+
+# --------------------------------------------------------------------------------------------- d4rl_tasks: the download
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `content` on loopback; each request is answered by the next word of the script, the last word for ever."""
+
+    daemon_threads = True
+
+    def __init__(self, content, *script):
+        self.content, self.script, self.requests, self.lock = content, list(script) or ["whole"], [], threading.Lock()
+        self.enough = threading.Event()
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/files/{HOPPER_FILE}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self):
+        self.enough.set()
+        self.shutdown()
+        self.server_close()
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        with server.lock:
+            word = server.script.pop(0) if len(server.script) > 1 else server.script[0]
+            server.requests.append((word, self.headers.get("Range")))
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+        content = server.content
+        if word == "redirect":
+            self.send_response(302)
+            self.send_header("Location", server.url.replace("files", "elsewhere"))
+            self.end_headers()
+        elif word in ("404", "503"):
+            self.send_error(int(word))
+        elif start >= len(content) and start:
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.end_headers()
+        elif word == "portal":  # 200, and a page of another kind
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>please log in</html>")
+        else:
+            start = 0 if word == "no ranges" else start
+            self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            if word != "no length":
+                self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            half = start + (len(content) - start) // 2
+            self.wfile.write(content[start : half if word in ("cut", "stall") else len(content)])
+            self.wfile.flush()
+            if word == "stall":
+                server.enough.wait(20)
+
+
+HOPPER_FILE = TASKS[HOPPER].url.rsplit("/", 1)[1]
+
+
+@pytest.fixture
+def content(tmp_path):
+    return write(tmp_path / "source.hdf5", rows_of(3000)).read_bytes()
+
+
+@pytest.fixture
+def serve(content, tmp_path, monkeypatch):
+    """serve(*script, mirror=..., **fields): D4RL's server and the mirror, on loopback; the folder is tmp_path/data."""
+    pytest.importorskip("tqdm")
+    servers = []
+
+    def start(*script, mirror=("404",), content=content, **fields):
+        pair = Server(content, *script), Server(content, *mirror)
+        servers.extend(pair)
+        monkeypatch.setitem(TASKS, HOPPER, TASKS[HOPPER]._replace(url=pair[0].url, **fields))
+        monkeypatch.setattr(d4rl_tasks, "MIRROR", pair[1].url.removesuffix(HOPPER_FILE))
+        return pair
+
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for name, value in {"TIMEOUT": 0.3, "BACK_OFF": 0.01, "ATTEMPTS": 3}.items():
+        monkeypatch.setattr(d4rl_tasks, name, value)
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def left(tmp_path):
+    return sorted(path.name for path in (tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize(
+    "script",
+    [["whole"], ["redirect", "whole"], ["cut", "cut", "whole"], ["stall", "whole"], ["503", "503", "whole"],
+     ["no length"], ["cut", "no ranges"], ["cut", "cut", "cut", "cut", "cut", "cut", "whole"]],
+)  # fmt: skip
+def test_download_gets_the_file_through(serve, content, tmp_path, script, capsys):
+    server, mirror = serve(*script)
+    data = load_dataset(HOPPER)
+    assert (tmp_path / "data" / HOPPER_FILE).read_bytes() == content
+    same(data, plain_loop(rows_of(3000), 1000))
+    assert [word for word, _ in server.requests][: len(script)] == script and not mirror.requests
+    offsets = [int(given[6:-1]) if given else 0 for _, given in server.requests]
+    assert offsets == sorted(offsets) and (("cut" in script or "stall" in script) == (offsets[-1] > 0))
+    assert HOPPER_FILE in capsys.readouterr().err  # the progress bar
+    assert left(tmp_path) == [HOPPER_FILE, HOPPER_FILE + ".lock"]
+    load_dataset(HOPPER)
+    assert len(server.requests) == len(offsets)  # it is there
+
+
+def test_download_goes_on_from_a_part_that_is_there(serve, content, tmp_path):
+    part = tmp_path / "data" / (HOPPER_FILE + ".part")
+    part.parent.mkdir()
+    part.write_bytes(content[:1000])
+    server, _ = serve()
+    load_dataset(HOPPER)
+    assert server.requests == [("whole", "bytes=1000-")]
+
+
+def test_download_of_a_part_that_is_whole_is_only_renamed(serve, content, tmp_path):
+    part = tmp_path / "data" / (HOPPER_FILE + ".part")
+    part.parent.mkdir()
+    part.write_bytes(content)
+    server, _ = serve()
+    load_dataset(HOPPER)
+    assert server.requests == [("whole", f"bytes={len(content)}-")] and not part.exists()
+
+
+@pytest.mark.parametrize("spoilt", [b"x" * 1000, b"y" * 10**6])
+def test_download_begins_again_after_a_part_of_something_else(serve, content, tmp_path, spoilt):
+    part = tmp_path / "data" / (HOPPER_FILE + ".part")
+    part.parent.mkdir()
+    part.write_bytes(spoilt)
+    server, mirror = serve()
+    load_dataset(HOPPER)
+    assert [given for _, given in server.requests] == [f"bytes={len(spoilt)}-", None] and not mirror.requests
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [(["404"], "404"), (["503"], "503"), (["portal"], "HDF5"), (["redirect"], "redirect"), (["stall", "503"], "503")],
+)
+def test_download_turns_to_the_mirror(serve, tmp_path, content, script, reason):
+    server, mirror = serve(*script, mirror=["whole"])
+    same(load_dataset(HOPPER), plain_loop(rows_of(3000), 1000))
+    assert server.requests and len(mirror.requests) == 1
+    (tmp_path / "data" / HOPPER_FILE).unlink()
+    mirror.script = ["404"]
+    server.script = script[-1:]
+    if "stall" not in script:
+        bad_input(lambda: load_dataset(HOPPER), reason, server.url, mirror.url)
+
+
+def test_download_that_fails_says_what_to_do(serve, tmp_path):
+    server, mirror = serve("503")
+    message = bad_input(lambda: load_dataset(HOPPER), "503", "404", "--dataset-path", HOPPER)
+    assert server.url in message and mirror.url in message and str(tmp_path / "data" / HOPPER_FILE) in message
+    assert len(server.requests) == 3 and len(mirror.requests) == 1  # a 404 is final
+    assert left(tmp_path) == [HOPPER_FILE + ".lock"]
+    server.stop()
+    bad_input(lambda: load_dataset(HOPPER), "refused", "--dataset-path")
+
+
+def test_download_checks_size_hash_and_contents(serve, tmp_path, content):
+    true = hashlib.sha256(content).hexdigest()
+    serve(size=len(content) + 1)
+    bad_input(lambda: load_dataset(HOPPER), f"{len(content):,} bytes instead of {len(content) + 1:,}")
+    serve(size=0, sha256="0" * 64)
+    bad_input(lambda: load_dataset(HOPPER), true, "0" * 64)
+    assert left(tmp_path) == [HOPPER_FILE + ".lock"]  # what is wrong is not kept
+    serve(sha256="", content=write(tmp_path / "wide.hdf5", rows_of(3000, state_dim=12)).read_bytes())
+    bad_input(lambda: load_dataset(HOPPER), "(3000, 12)")
+    serve(sha256=true, size=len(content))
+    load_dataset(HOPPER)
+
+
+def test_download_into_a_folder_that_cannot_be(serve, tmp_path, monkeypatch):
+    serve()
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/deeper"):
+        monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / folder))
+        bad_input(lambda: load_dataset(HOPPER), "--dataset-path", str(tmp_path / folder))
+
+
+def test_download_goes_to_d4rls_own_folder_by_default(serve, tmp_path, monkeypatch):
+    serve()
+    monkeypatch.delenv("D4RL_DATASET_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    load_dataset(HOPPER)
+    assert (tmp_path / "home" / ".d4rl" / "datasets" / HOPPER_FILE).is_file()
+
+
+def loading(server, timeout=5.0):
+    """Another process that loads the same data from the same server."""
+    code = f"""
+import d4rl_tasks
+d4rl_tasks.TASKS["{HOPPER}"] = d4rl_tasks.TASKS["{HOPPER}"]._replace(url="{server.url}")
+d4rl_tasks.MIRROR, d4rl_tasks.TIMEOUT = "http://127.0.0.1:9/", {timeout}
+print(len(d4rl_tasks.load_dataset("{HOPPER}")["rewards"]))"""
+    return subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=-1, stderr=-1, text=True)
+
+
+def test_processes_that_download_at_once_do_no_harm(serve, content, tmp_path):
+    server, _ = serve("stall", "whole")
+    processes = [loading(server, timeout=1.5) for _ in range(3)]
+    results = [process.communicate(timeout=60) for process in processes]
+    assert [out.strip() for out, _ in results] == ["2997"] * 3, results
+    assert len(server.requests) == 2 and server.requests[1][1]  # one process asks, and goes on after the stall
+    assert sum("another process" in err for _, err in results) == 2
+    assert (tmp_path / "data" / HOPPER_FILE).read_bytes() == content
+
+
+def test_download_goes_on_after_a_process_was_killed(serve, content, tmp_path):
+    server, _ = serve("stall", "whole")
+    process, part = loading(server, timeout=60), tmp_path / "data" / (HOPPER_FILE + ".part")
+    while not (part.exists() and part.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    load_dataset(HOPPER)  # neither lock nor part stands in the way
+    word, given = server.requests[1]
+    assert word == "whole" and 0 < int(given[6:-1]) <= len(content) // 2
+
+
+def test_lock_on_windows(monkeypatch, tmp_path):
+    calls = []
+
+    def locking(_, mode, size):
+        calls.append((mode, size))
+        if len(calls) < 3:
+            raise OSError("in use")
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_LOCK=1))
+    with d4rl_tasks._only_one(tmp_path / "lock"):
+        assert calls == [(1, 1)] * 3
+
+
+# -------------------------------------------------------------------------------- d4rl_tasks: Minari, the classic stack
+
+
+@pytest.fixture
+def minari_folder(tmp_path, monkeypatch):
+    """A Minari data set of two episodes, made by minari, and its episodes."""
+    pytest.importorskip("h5py")
+    minari = pytest.importorskip("minari")
+    from gymnasium.spaces import Box
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    rng, buffers = np.random.default_rng(0), []
+    for i, length in enumerate((5, 3)):
+        end = np.arange(length) == length - 1
+        columns = {
+            "observations": rng.standard_normal((length + 1, 11)), "actions": rng.uniform(-1, 1, (length, 3)),
+            "rewards": rng.standard_normal(length), "terminations": end & (i == 0), "truncations": end & (i == 1),
+        }  # fmt: skip
+        buffers.append(EpisodeBuffer(id=i, **columns, infos={}))
+    minari.create_dataset_from_buffers(
+        "test/hopper-v0", buffers, observation_space=Box(-np.inf, np.inf, (11,), np.float64),
+        action_space=Box(-1, 1, (3,), np.float64), data_format="hdf5", algorithm_name="none", author="none",
+        author_email="none", code_permalink="none",
+    )  # fmt: skip
+    return tmp_path / "minari" / "test" / "hopper-v0", buffers
+
+
+def test_minari_folder_is_read(minari_folder):
+    folder, (first, second) = minari_folder
+    wanted = {
+        "observations": np.concatenate([first.observations[:5], second.observations[:3]]),
+        "actions": np.concatenate([first.actions, second.actions]),
+        "next_observations": np.concatenate([first.observations[1:], second.observations[1:]]),
+        "rewards": np.append(first.rewards, second.rewards),
+    }
+    wanted = {name: values.astype(np.float32) for name, values in wanted.items()}
+    wanted["terminals"] = np.array([False] * 4 + [True] + [False] * 3)  # the truncated step is no end
+    for path in (folder, folder / "data"):
+        same(load_dataset(HOPPER, path), wanted)
+    bad_input(lambda: load_dataset("walker2d-medium-v2", folder), "(8, 11)", "(8, 17)")
+
+
+def test_minari_folders_that_cannot_be_read(minari_folder, monkeypatch, tmp_path):
+    folder, _ = minari_folder
+    (tmp_path / "empty").mkdir()
+    bad_input(lambda: load_dataset(HOPPER, tmp_path / "empty"), "Minari")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "minari", None)
+        bad_input(lambda: load_dataset(HOPPER, folder), "pip install 'minari[hdf5]'")
+    (folder / "data" / "main_data.hdf5").write_bytes(b"")
+    bad_input(lambda: load_dataset(HOPPER, folder), "Minari")
+
+
+def test_classic_backend_that_is_not_installed_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gym", None)
+    path = write(tmp_path / "d.hdf5", rows_of(5))
+    for call in (lambda: make_env(HOPPER, "d4rl"), lambda: load_dataset(HOPPER, path, "d4rl")):
+        bad_input(call, "backend 'd4rl'", "requirements-classic.txt")
+
+
+@pytest.fixture
+def fake_classic(monkeypatch):
+    """A gym with d4rl's ways: seeds by a method, four values a step, a goal from numpy's global generator."""
+    pytest.importorskip("gymnasium")
+
+    class Inner:
+        def seed(self, seed):
+            self.rng = np.random.RandomState(seed)
+
+        def set_target(self):
+            self.goal = np.random.uniform(size=2)
+
+    class Classic:
+        def __init__(self, env_id):
+            self.env_id, self.wrapped_env, self.unwrapped, self.t = env_id, Inner(), self, 0
+            self.wrapped_env.seed(None)
+
+        def reset(self):
+            self.t = 0
+            return self.wrapped_env.rng.uniform(size=29)
+
+        def step(self, action):
+            self.t += 1
+            done = self.t == 5 or action[0] > 0
+            info = {"TimeLimit.truncated": not action[0] > 0} if self.t == 5 else {}
+            return np.full(29, self.t), np.float32(self.t), done, info
+
+        def get_dataset(self, h5path):
+            return {"read": h5path}
+
+    modules = {"gym": types.SimpleNamespace(make=Classic), "mjrl": types.ModuleType("mjrl")}
+    modules["mjrl"].__spec__ = "found"
+    modules["d4rl"] = types.SimpleNamespace(qlearning_dataset=lambda env, dataset: {"env": env.env_id, **dataset})
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.usefixtures("fake_classic")
+def test_classic_environments_get_gymnasiums_interface():
+    import gymnasium
+
+    env = make_env("antmaze-umaze-v0", backend="d4rl")
+    assert isinstance(env, gymnasium.Env) and env.classic.env_id == "antmaze-umaze-v0"
+    assert env.observation_space.shape == (29,) and env.action_space.shape == (8,)
+    before = np.random.get_state()[1].copy()
+    first, info = env.reset(seed=1)
+    goal = env.classic.wrapped_env.goal
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # the user's random numbers are left alone
+    env.reset(seed=2)
+    assert info == {} and not np.array_equal(goal, env.classic.wrapped_env.goal)
+    np.testing.assert_array_equal(env.reset(seed=1)[0], first)
+    np.testing.assert_array_equal(env.classic.wrapped_env.goal, goal)
+    stay, move = np.zeros(8), np.ones(8)
+    assert [env.step(stay)[1:4] for _ in range(5)] == [(t, False, t == 5) for t in (1.0, 2.0, 3.0, 4.0, 5.0)]
+    env.reset()
+    assert env.step(move)[1:4] == (1.0, True, False)
+    env.reset()
+    assert [env.step(action)[2:4] for action in [stay] * 4 + [move]][-1] == (True, False)
+
+
+@pytest.mark.usefixtures("fake_classic")
+def test_classic_backend_reads_by_d4rl(tmp_path):
+    path = tmp_path / "d.hdf5"
+    assert load_dataset("pen-human-v1", path, "d4rl") == {"env": "pen-human-v1", "read": str(path)}
+    assert load_dataset("halfcheetah-demo-v0", path, "d4rl")["env"] == "halfcheetah-medium-v2"
+    assert load_dataset("halfcheetah-demo-v0", None, "d4rl")["read"] == str(d4rl_tasks.DEMO_FILE)
