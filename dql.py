@@ -26,8 +26,8 @@ default is what the official code effectively does, since the published scores c
  6. The critics' learning rate is always 3e-4; --learning-rate is the policy's.
  7. The policy's average (which acts in the backup only) moves by 0.005 every 5th update, from update 1000 on.
  8. --reward standardize divides by the unbiased standard deviation.
- 9. The reverse step clips its estimate of a^0 to the action range and uses the posterior variance; the paper's Eq. 1
-    does neither.
+ 9. A reverse step clips its estimate of a^0 to the action range and uses the posterior's variance; the paper's formula
+    for it does neither.
 10. No gradient is computed that is thrown away (the target's chain, the critics' in the policy step): same numbers.
 """
 
@@ -38,8 +38,10 @@ import importlib.util
 import io
 import json
 import math
+import os
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -134,7 +136,7 @@ class Args:
 
 
 class Settings(NamedTuple):
-    """The paper's settings of one task (appendix, table 4; official code), its score in Table 1 (mean, std)."""
+    """The paper's settings of one task (from its official code) and score in Table 1 (mean, std over seeds)."""
 
     eta: float
     max_q_backup: bool
@@ -207,7 +209,7 @@ def with_settings(args: Args) -> Args:
 def beta_schedule(name: str, num_steps: int) -> Tensor:
     """beta_1 .. beta_N of a noise schedule, float64, (N,).
 
-    vp: the variance-preserving SDE of Song et al. 2021, discretised by Xiao et al. 2022 (the paper's, appendix).
+    vp: the variance-preserving SDE of Song et al. 2021, discretised by Xiao et al. 2022 (the paper's choice).
     linear: Ho et al. 2020. cosine: Nichol and Dhariwal 2021, on the official code's grid.
     """
     if name == "vp":
@@ -713,6 +715,8 @@ def train(args: Args) -> dict:
     video_env = rendering_env(args) if args.capture_video else None
     if args.track and importlib.util.find_spec("wandb") is None:
         raise BadInput("--track needs Weights & Biases: pip install wandb")
+    if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise BadInput("--compile needs a C++ compiler: install g++, or leave --compile out")
 
     torch.manual_seed(args.seed)
     agent = DiffusionQL(task.state_dim, task.action_dim, args)

@@ -385,13 +385,13 @@ def test_bandit_finds_the_best_corner():
 # ----------------------------------------------------------------- the run
 
 
-def hopper_file(path: Path, rows=600) -> Path:
-    """A D4RL-layout file of Hopper's widths with random contents."""
+def random_file(path: Path, env_id="hopper-medium-v2", rows=600) -> Path:
+    """A D4RL-layout file of the task's widths with random contents."""
     h5py = pytest.importorskip("h5py")
-    rng = np.random.default_rng(0)
+    rng, task = np.random.default_rng(0), TASKS[env_id]
     with h5py.File(path, "w") as file:
-        file["observations"] = rng.standard_normal((rows, 11)).astype(np.float32)
-        file["actions"] = np.tanh(rng.standard_normal((rows, 3))).astype(np.float32)
+        file["observations"] = rng.standard_normal((rows, task.state_dim)).astype(np.float32)
+        file["actions"] = np.tanh(rng.standard_normal((rows, task.action_dim))).astype(np.float32)
         file["rewards"] = rng.standard_normal(rows).astype(np.float32)
         file["terminals"] = rng.uniform(size=rows) < 0.05
         file["timeouts"] = np.zeros(rows, bool)
@@ -401,7 +401,7 @@ def hopper_file(path: Path, rows=600) -> Path:
 def tiny_args(folder: Path, **changes) -> Args:
     data = folder / "hopper.hdf5"
     return Args(**{
-        "env_id": "hopper-medium-v2", "dataset_path": data if data.exists() else hopper_file(data), "device": "cpu",
+        "env_id": "hopper-medium-v2", "dataset_path": data if data.exists() else random_file(data), "device": "cpu",
         "runs_dir": folder / "runs", "num_updates": 30, "batch_size": 16, "num_steps": 2, "eval_every": 12,
         "eval_episodes": 3, "eval_candidates": 4, "log_every": 5, **changes,
     })  # fmt: skip
@@ -430,6 +430,23 @@ def test_a_run_writes_its_folder(tmp_path):
     assert summary["versions"]["torch"] == torch.__version__ and summary["updates_per_second"] > 0
     with open(folder / "curve.png", "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("env_id", dql.SETTINGS)
+def test_every_task_runs_end_to_end(env_id, tmp_path, monkeypatch, capsys):
+    """The command line, on a tiny file: the task's own settings, whole episodes, a score for the best and the last."""
+    data = random_file(tmp_path / "data.hdf5", env_id)
+    monkeypatch.setattr(sys, "argv", [
+        "dql.py", "--env-id", env_id, "--dataset-path", str(data), "--runs-dir", str(tmp_path), "--device", "cpu",
+        "--num-updates", "4", "--batch-size", "8", "--eval-episodes", "2", "--eval-candidates", "2", "--num-steps", "2",
+    ])  # fmt: skip
+    envs = []
+    monkeypatch.setattr(dql, "make_envs", lambda *args: envs.extend(make_envs(*args)) or envs)
+    dql.main()
+    out = capsys.readouterr().out
+    assert re.search(r"last +-?\d+\.\d ± \d+\.\d \(2 episodes, update 4\)", out), out
+    if TASKS[env_id].family in ("halfcheetah", "antmaze", "kitchen"):  # the others may fall before their time
+        assert [env.get_wrapper_attr("_elapsed_steps") for env in envs] == 2 * [TASKS[env_id].max_episode_steps]
 
 
 def test_same_seed_same_metrics_and_other_seed_other(tmp_path):
@@ -557,7 +574,7 @@ def test_bad_flags_get_one_line(argv, says, capsys, tmp_path, monkeypatch):
 def test_unwritable_run_folder_gets_one_line(capsys, tmp_path):
     """A file where the folder should be: true for any user, root too."""
     (tmp_path / "taken").write_text("")
-    data = hopper_file(tmp_path / "hopper.hdf5")
+    data = random_file(tmp_path / "hopper.hdf5")
     argv = ["--env-id", "hopper-medium-v2", "--dataset-path", str(data), "--runs-dir", str(tmp_path / "taken")]
     assert "--runs-dir" in fails(capsys, *argv, "--eval-episodes", "1")
 

@@ -1,0 +1,125 @@
+"""Makes the demo data set: a fair HalfCheetah policy with much noise on its actions, in D4RL's HDF5 layout.
+
+    pip install -r requirements.txt stable-baselines3==2.9.2
+    python bench/make_demo.py
+
+A small SAC agent learns for 60,000 steps; its mean actions, with normal noise of a fixed size for each episode, make
+the data. So the data's mean return is far below what the policy does without noise. Behaviour cloning repeats the
+noise; Q-learning can tell it from what is worth repeating. The same machine gives the same file again.
+
+The committed file was made so, with --agent too, under mujoco 3.2.7 and numpy 2.4.6 (mujoco 3.2.6 makes the same
+episodes of that agent, bit for bit). It printed:
+
+    SAC after 60,000 steps (1699 s)
+    noise 0.0: 8 episodes, return 4587.0 +- 107.4, normalized 39.2
+    noise 0.2: 8 episodes, return 4182.5 +- 116.7, normalized 35.9
+    noise 0.4: 8 episodes, return 2985.8 +- 883.8, normalized 26.3
+    noise 0.6: 8 episodes, return 2181.2 +- 704.1, normalized 19.8
+    noise 0.8: 8 episodes, return 1562.6 +- 407.1, normalized 14.8
+    all: 40 episodes, return 3099.8 +- 1270.6, normalized 27.2
+    40,000 rows, 3,162,976 bytes
+"""
+
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gymnasium
+import h5py
+import mujoco
+import numpy as np
+import stable_baselines3
+import torch
+import tyro
+from stable_baselines3 import SAC
+
+from d4rl_tasks import DEMO_FILE, make_env, normalized_score
+
+
+@dataclass
+class Args:
+    env_id: str = "halfcheetah-demo-v0"
+    """the task whose environment is used"""
+    out: Path = DEMO_FILE
+    """the file to write"""
+    seed: int = 1
+    """seed of SAC, of the environments and of the noise"""
+    total_steps: int = 60_000
+    """SAC's training steps"""
+    agent: Path | None = None
+    """zip file that keeps SAC: read where it exists, written after training where not"""
+    episodes: int = 40
+    """episodes in all, shared evenly between the noise levels"""
+    noise: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)
+    """standard deviations of the noise: episode i has the (i mod their number)-th"""
+
+
+def train_sac(args: Args) -> SAC:
+    policy_kwargs = {"net_arch": [128, 128], "optimizer_kwargs": {"fused": True}}
+    model = SAC("MlpPolicy", make_env(args.env_id), learning_rate=1e-3, learning_starts=1000, ent_coef="auto_0.1",
+                seed=args.seed, policy_kwargs=policy_kwargs, device="cpu")  # fmt: skip
+    return model.learn(args.total_steps)
+
+
+def rollout(model: SAC, env: gymnasium.Env, noise: float, seed: int) -> list[np.ndarray]:
+    """One episode: observations, actions, rewards, terminals, timeouts."""
+    rng = np.random.default_rng(seed)
+    rows, (obs, _), done = [], env.reset(seed=seed), False
+    while not done:
+        mean = model.predict(obs, deterministic=True)[0]
+        action = np.clip(mean + noise * rng.standard_normal(mean.shape), -1, 1).astype(np.float32)
+        next_obs, reward, terminal, timeout, _ = env.step(action)
+        rows.append((obs, action, reward, terminal, timeout))
+        obs, done = next_obs, terminal or timeout
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+def write(path: Path, data: dict[str, np.ndarray], attributes: dict) -> None:
+    """Writes beside, then renames. h5py stores no times: equal data, equal file."""
+    part = path.with_name(path.name + ".part")
+    with h5py.File(part, "w") as f:
+        for name, value in data.items():
+            f.create_dataset(name, data=value, chunks=value.shape, compression="gzip", compression_opts=9, shuffle=True)
+        f.attrs.update(attributes)
+    os.replace(part, path)
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(1)
+    start, env = time.time(), make_env(args.env_id)
+    kept = args.agent is not None and args.agent.exists()
+    model = SAC.load(args.agent, device="cpu") if kept else train_sac(args)
+    if args.agent and not kept:
+        model.save(args.agent)
+    print(f"SAC after {model.num_timesteps:,} steps ({time.time() - start:.0f} s)", flush=True)
+
+    levels = np.resize(args.noise, args.episodes)
+    episodes = [rollout(model, env, level, 1000 * (args.seed + 1) + i) for i, level in enumerate(levels)]
+    returns, lines = np.array([episode[2].sum() for episode in episodes]), []
+    groups = {f"noise {level}": levels == level for level in dict.fromkeys(levels)} | {"all": levels >= 0}
+    for name, chosen in groups.items():
+        mean, std = returns[chosen].mean(), returns[chosen].std()
+        score = normalized_score(args.env_id, mean)
+        lines += [f"{name}: {chosen.sum()} episodes, return {mean:.1f} +- {std:.1f}, normalized {score:.1f}"]
+
+    names = ("observations", "actions", "rewards", "terminals", "timeouts")
+    data = {name: np.concatenate(column) for name, column in zip(names, zip(*episodes, strict=True), strict=True)}
+    data = {name: value if value.dtype == bool else value.astype(np.float32) for name, value in data.items()}
+    modules = (torch, stable_baselines3, gymnasium, mujoco, np, h5py)
+    versions = [f"{module.__name__} {module.__version__}" for module in modules]
+    write(args.out, data, {
+        "made_by": f"bench/make_demo.py: noise on the mean actions of SAC after {model.num_timesteps} steps",
+        "env_id": args.env_id, "seed": args.seed, "noise": args.noise, "returns": "\n".join(lines),
+        "versions": ", ".join([f"python {platform.python_version()}", *versions]), "licence": "MIT",
+    })  # fmt: skip
+    print("\n".join(lines))
+    print(f"{len(data['rewards']):,} rows, {args.out.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__.split("\n")[0]))
