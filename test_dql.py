@@ -438,7 +438,7 @@ def test_every_task_runs_end_to_end(env_id, tmp_path, monkeypatch, capsys):
     data = random_file(tmp_path / "data.hdf5", env_id)
     monkeypatch.setattr(sys, "argv", [
         "dql.py", "--env-id", env_id, "--dataset-path", str(data), "--runs-dir", str(tmp_path), "--device", "cpu",
-        "--num-updates", "4", "--batch-size", "8", "--eval-episodes", "2", "--eval-candidates", "2", "--num-steps", "2",
+        "--num-updates", "4", "--batch-size", "8", "--eval-episodes", "2", "--eval-candidates", "2", "--num-steps", "1",
     ])  # fmt: skip
     envs = []
     monkeypatch.setattr(dql, "make_envs", lambda *args: envs.extend(make_envs(*args)) or envs)

@@ -1,0 +1,10 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--official", type=Path, help="checkout of the official implementation, timed in the same process")
