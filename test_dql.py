@@ -31,6 +31,8 @@ import dql
 from d4rl_tasks import TASKS, BadInput, load_dataset, make_env, make_envs, normalized_score
 from dql import ActDraws, Args, Batch, DiffusionPolicy, DiffusionQL, Draws, beta_schedule
 
+torch.set_num_threads(1)  # the networks are small: threads would wait for each other, most of all on a busy machine
+
 HERE = Path(__file__).parent
 REFERENCE = HERE / "reference"
 OFFICIAL = json.loads((REFERENCE / "official_update.json").read_text())
