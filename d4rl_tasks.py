@@ -7,7 +7,7 @@ the same names in today's gymnasium are others:
   longer by half its radius at both ends.
 - Hopper, Walker2d: gym's v2 paid the bonus for being alive on the step that ends an episode too.
 - AntMaze: d4rl's ant has a time step, contacts, motors and mazes of its own, and observes where it is but not its goal.
-- Pen: dropping it ends the episode. Kitchen: noise, observation, reward and one collision differ.
+- Pen: dropping it ends the episode. Kitchen: noise, observation and one collision differ.
 MuJoCo 3.2.6 collides bodies as D4RL's 2.1.0 did; 3.2.7 no longer does so at antmaze's walls, 3.3 in pen and kitchen.
 gymnasium, mujoco, h5py, minari and the classic stack are imported when they are used; the module needs numpy alone.
 """

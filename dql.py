@@ -15,7 +15,7 @@ Every random number of an update is drawn first, into `Draws`; `update(batch, dr
 arguments and the agent's state, so that any two implementations can be given the same numbers and compared.
 
 Where the paper, the official code (github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL) and this file part, the
-default is what the official code effectively does, since the published scores come from it.
+default is what the official code effectively does (but for 2), since the published scores come from it.
  1. Learning rates are constant: the official decay only moves them to 0.999 of their start. --lr-decay: real cosine.
  2. Offline selection takes evaluation argsort(bc_loss)[rank]; the official code, in error, argsort(bc_loss) == rank.
  3. Evaluation acts with the online policy, --eval-candidates 50 actions a state, one drawn from the softmax of min
@@ -24,7 +24,8 @@ default is what the official code effectively does, since the published scores c
     actions. The paper (Eq. 3) writes |Q| on the data's actions.
  5. Max-Q backup (--max-q-backup): 10 next actions; the maximum of each critic, then the minimum of the two.
  6. The critics' learning rate is always 3e-4; --learning-rate is the policy's.
- 7. The policy's average (which acts in the backup only) moves by 0.005 every 5th update, from update 1000 on.
+ 7. The policy's average (which acts in the backup only) moves by 0.005 every 5th update, from update 1000 on
+    (--average-decay, --average-every, --average-from).
  8. --reward standardize divides by the unbiased standard deviation.
  9. A reverse step clips its estimate of a^0 to the action range and uses the posterior's variance; the paper's formula
     for it does neither.
@@ -45,7 +46,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -68,7 +69,7 @@ class Args:
     env_id: str = "halfcheetah-demo-v0"
     """one of D4RL's twenty tasks, or the embedded demo data set"""
     dataset_path: Path | None = None
-    """data file to train on instead of the task's own (D4RL's HDF5 layout)"""
+    """data to train on instead of the task's own: a D4RL HDF5 file, or the folder of a Minari data set"""
     env_backend: Literal["maintained", "d4rl"] = "maintained"
     """environments: gymnasium and mujoco made equal to D4RL's, or the real d4rl (requirements-classic.txt)"""
     seed: int = 0
@@ -84,7 +85,7 @@ class Args:
     track: bool = False
     """log to Weights & Biases too (pip install wandb)"""
     capture_video: bool = False
-    """write video.mp4 of one episode after training"""
+    """write a video of one episode after training"""
 
     # --- the algorithm
     num_updates: int | None = None
@@ -192,8 +193,9 @@ def with_settings(args: Args) -> Args:
     for names, good, wanted in (
         ("num_updates batch_size num_steps average_every eval_every eval_episodes eval_candidates log_every",
          lambda v: v >= 1, "at least 1"),
-        ("seed eta grad_norm average_from eval_temperature offline_rank",
+        ("eta grad_norm average_from eval_temperature offline_rank",
          lambda v: 0 <= v < math.inf, "finite and at least 0"),
+        ("seed", lambda v: 0 <= v < 2**31, "at least 0 and below 2^31"),
         ("learning_rate", lambda v: 0 < v < math.inf, "finite and above 0"),
         ("gamma tau average_decay", lambda v: 0 <= v <= 1, "between 0 and 1"),
     ):  # fmt: skip
@@ -524,9 +526,14 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros((), device=name).device
+        return torch.Generator(torch.zeros((), device=name).device).device
     except Exception as error:  # torch raises several kinds here
-        raise BadInput(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"--device {name} cannot be used: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """Its message's first line, or its kind where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -> Batch:
@@ -534,6 +541,8 @@ def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -
     names = ("observations", "actions", "rewards", "next_observations", "terminals")
     batch = Batch(*(torch.as_tensor(data[name], dtype=torch.get_default_dtype()).to(device) for name in names))
     if reward == "standardize":
+        if not batch.reward.std() > 0:
+            raise BadInput("--reward standardize needs rewards that differ: these are all the same")
         return batch._replace(reward=(batch.reward - batch.reward.mean()) / batch.reward.std())
     if reward == "antmaze":
         return batch._replace(reward=4 * (batch.reward - 0.5))
@@ -587,7 +596,9 @@ def load_policy(run_folder: str | Path, seed: int = 0, device: str = "auto") -> 
     args = replace(read_args(Path(run_folder)), device=device, compile=False)
     task = TASKS[args.env_id]
     agent = DiffusionQL(task.state_dim, task.action_dim, args)
-    agent.load_state_dict(read_checkpoint(Path(run_folder), agent.device)["agent"])
+    saved = read_checkpoint(Path(run_folder), agent.device)["agent"]
+    for name in ("policy", "policy_ema", "critic_target"):
+        getattr(agent, name).load_state_dict(saved[name])
     generator = torch.Generator(agent.device).manual_seed(seed)
 
     def policy(states):
@@ -631,12 +642,11 @@ def read_args(folder: Path) -> Args:
 
 
 def read_checkpoint(folder: Path, device: torch.device) -> dict:
-    """{"agent", "generator", "rows"} of a run's last checkpoint. Raises BadInput."""
+    """{"agent", "generator", "rows", "device"} of a run's last checkpoint. Raises BadInput."""
     try:
         return torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{folder / 'checkpoint.pt'} cannot be read as a checkpoint: {reason}") from None
+        raise BadInput(f"{folder / 'checkpoint.pt'} cannot be read as a checkpoint: {reason(error)}") from None
 
 
 def resumed_args(given: Args) -> Args:
@@ -694,8 +704,8 @@ def write_curve(path: Path, rows: list[dict], args: Args) -> None:
 def versions() -> dict[str, str | int]:
     """Of what a score depends on."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
-    for package in ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "gym", "d4rl"):
-        if importlib.util.find_spec(package.replace("-", "_")):
+    for package in ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "gym", "d4rl", "free-mujoco-py"):
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
 
@@ -724,6 +734,8 @@ def train(args: Args) -> dict:
     folder = args.resume or start_folder(args)
     if args.resume:
         checkpoint = read_checkpoint(folder, device)
+        if checkpoint["device"] != device.type:
+            raise BadInput(f"{folder} ran on {checkpoint['device']}, which alone can go on exactly: give that --device")
         agent.load_state_dict(checkpoint["agent"])
         generator.set_state(checkpoint["generator"].cpu())
         rows = checkpoint["rows"]
@@ -751,12 +763,13 @@ def train(args: Args) -> dict:
                 bar.set_postfix(score=f"{row['score']:.1f}")
             rows.append(row)
             save(folder, agent, generator, rows, writer)
+    summary = summarize(folder, rows, args, device)
     if video_env:
         from gymnasium.wrappers import RecordVideo
 
         with RecordVideo(video_env, str(folder), name_prefix="video", disable_logger=True) as env:
             evaluate(agent, [env], torch.Generator(device).manual_seed(args.seed), args.seed + 100)
-    return summarize(folder, rows, args)
+    return summary
 
 
 def update_until(stop: int, step: int, agent: DiffusionQL, dataset: Batch, generator: torch.Generator, bar) -> dict:
@@ -781,24 +794,26 @@ def save(folder: Path, agent: DiffusionQL, generator: torch.Generator, rows: lis
             writer.add_scalar(f"{'losses' if name in LOSS_NAMES else 'charts'}/{name}", row[name], row["step"])
     write_whole(folder / "metrics.csv", lambda path: write_metrics(path, rows))
     if row["score"] != "":
-        checkpoint = {"agent": agent.state_dict(), "generator": generator.get_state(), "rows": rows}
+        parts = {"agent": agent.state_dict(), "generator": generator.get_state(), "rows": rows}
+        checkpoint = {**parts, "device": agent.device.type}
         write_whole(folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
         write_whole(folder / "curve.png", lambda path: write_curve(path, rows, agent.args))
 
 
 def rendering_env(args: Args):
     """An environment that renders, tried out before the training that it shall show. Raises BadInput."""
+    if importlib.util.find_spec("moviepy") is None:
+        raise BadInput("--capture-video needs moviepy: pip install moviepy")
+    env = make_env(args.env_id, args.env_backend, render_mode="rgb_array")
     try:
-        env = make_env(args.env_id, args.env_backend, render_mode="rgb_array")
         env.reset(seed=0)
         env.render()
         return env
     except Exception as error:  # every OpenGL backend fails in its own way
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"--capture-video cannot render here ({reason}): try MUJOCO_GL=egl or =osmesa") from None
+        raise BadInput(f"--capture-video cannot render here ({reason(error)}): try MUJOCO_GL=egl or =osmesa") from None
 
 
-def summarize(folder: Path, rows: list[dict], args: Args) -> dict:
+def summarize(folder: Path, rows: list[dict], args: Args, device: torch.device) -> dict:
     """Writes and returns summary.json."""
     summary = {
         "env_id": args.env_id,
@@ -808,7 +823,7 @@ def summarize(folder: Path, rows: list[dict], args: Args) -> dict:
         "paper": SETTINGS[args.env_id].paper,
         "updates_per_second": rows[-1]["step"] / rows[-1]["seconds"],
         "seconds": rows[-1]["seconds"],
-        "device": args.device,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": versions(),
         "folder": str(folder),
     }

@@ -483,6 +483,14 @@ def test_resume_is_exact(tmp_path, monkeypatch, capsys):
         dql.train(Args(resume=stopped, eta=7.0))
 
 
+def test_resume_stays_on_its_device(tmp_path):
+    folder = Path(dql.train(tiny_args(tmp_path, num_updates=2))["folder"])
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"device": "cuda"}, folder / "checkpoint.pt")
+    with pytest.raises(BadInput, match="ran on cuda"):
+        dql.train(Args(resume=folder, device="cpu"))
+
+
 def test_load_policy(tmp_path):
     """Numpy in, numpy out; torch in, torch out; one state or many; the same seed acts the same."""
     folder = dql.train(tiny_args(tmp_path, num_updates=2))["folder"]
@@ -498,6 +506,7 @@ def test_load_policy(tmp_path):
 def test_compiled_update_equals_eager(float64):
     """torch.compile changes how an update is computed, not what."""
     eager, compiled = (tiny_agent(num_steps=2, compile=c) for c in (False, True))
+    assert all(hasattr(loss, "_torchdynamo_orig_callable") for loss in (compiled.critic_loss, compiled.policy_losses))
     for agent in (eager, compiled):
         generator = torch.Generator().manual_seed(0)
         for k in range(3):
@@ -564,6 +573,8 @@ def fails(capsys, *argv: str) -> str:
     (["--batch-size"], "--batch-size"),
     (["--no-such-flag"], "--no-such-flag"),
     (["--device", "tpu9"], "--device tpu9 cannot be used"),
+    (["--device", "meta"], "--device meta cannot be used"),
+    (["--seed", "18446744073709551616"], "below 2^31"),
     (["--dataset-path", "no-such-file.hdf5"], "no-such-file.hdf5"),
     (["--resume", "no-such-run"], "no-such-run is not the folder of a run"),
 ])  # fmt: skip
