@@ -540,11 +540,22 @@ def test_reward_transforms():
 
 
 def test_settings_are_the_papers():
-    """Spot checks of what each column means, and one entry for every task."""
-    assert set(dql.SETTINGS) == set(dql.TASKS)
-    args = dql.with_settings(Args(env_id="antmaze-medium-play-v0"))
-    assert (args.eta, args.max_q_backup, args.grad_norm, args.learning_rate) == (2.0, True, 2.0, 1e-3)
-    assert (args.num_updates, args.eval_every, args.eval_episodes, args.reward) == (1_000_000, 50_000, 100, "antmaze")
+    """All twenty tasks against the official code's settings and the paper's scores."""
+    reference = json.loads((REFERENCE / "paper.json").read_text())
+    rewards = {"none": "none", "4 (r - 1/2)": "antmaze", "standardized": "standardize"}
+    assert set(dql.SETTINGS) == set(TASKS) == {*reference["tasks"], "halfcheetah-demo-v0"}
+    for env_id, want in reference["tasks"].items():
+        got = dql.SETTINGS[env_id]
+        for name in ("eta", "max_q_backup", "grad_norm", "offline_rank", "num_updates"):
+            assert getattr(got, name) == want[name], (env_id, name)
+        assert got.learning_rate == want["policy_learning_rate"] and got.reward == rewards[want["reward"]]
+        assert list(got.paper) == want["paper"] and got.eval_episodes == (10 if env_id.endswith("-v2") else 100)
+    common, args = reference["common"], dql.with_settings(Args(env_id="hopper-medium-v2"))
+    for name in ("batch_size", "gamma", "tau", "num_steps", "schedule", "eval_candidates"):
+        assert getattr(args, name) == common[name], name
+    assert (args.average_every, args.average_from) == (common["average_every"], common["average_from"])
+    assert (args.average_decay, args.eval_every) == (common["policy_average"], common["eval_every_updates"])
+    assert common["critic_learning_rate"] == dql.CRITIC_LEARNING_RATE
     assert dql.with_settings(Args(env_id="hopper-medium-v2", eta=0.5)).eta == 0.5
 
 
