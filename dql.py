@@ -74,10 +74,14 @@ class Args:
     """environments: gymnasium and mujoco made equal to D4RL's, or the real d4rl (requirements-classic.txt)"""
     seed: int = 0
     """seed of weights, batches and noise; evaluation episode k resets with seed + 100 + k"""
+    num_seeds: int = 1
+    """agents trained at once, of seeds seed, seed + 1, ..., each as it would be alone"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto is cuda where there is one"""
-    compile: bool = False
-    """torch.compile the losses and their gradients: a minute or two at the start, then more updates a second"""
+    compile: bool | None = None
+    """torch.compile the losses and their gradients: a minute or two at the start. None: where the run is long enough"""
+    cudagraphs: bool | None = None
+    """capture the whole update, and acting, as CUDA graphs. None: on a GPU"""
     runs_dir: Path = Path("runs")
     """where the run's folder ENV__dql__SEED__TIME goes"""
     resume: Path | None = None
@@ -191,7 +195,7 @@ def with_settings(args: Args) -> Args:
     if args.eta == 0 and args.eval_candidates > 1:
         raise BadInput("--eta 0 trains no critics to choose by: leave out --eval-candidates, or give a small --eta")
     for names, good, wanted in (
-        ("num_updates batch_size num_steps average_every eval_every eval_episodes eval_candidates log_every",
+        ("num_seeds num_updates batch_size num_steps average_every eval_every eval_episodes eval_candidates log_every",
          lambda v: v >= 1, "at least 1"),
         ("eta grad_norm average_from eval_temperature offline_rank",
          lambda v: 0 <= v < math.inf, "finite and at least 0"),
@@ -230,28 +234,28 @@ def beta_schedule(name: str, num_steps: int) -> Tensor:
 class MishFunction(torch.autograd.Function):
     """x tanh(log(1 + e^x)) = x - 2x / d with d = e^2x + 2e^x + 2: one exponential, where F.mish takes three functions.
 
-    F.mish is the costliest part of an update on a CPU. Returns also e^x and d, for the gradient.
+    F.mish is the costliest part of an update on a CPU. Returns also the slope, so that going back is one product.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        e = x.clamp(max=20).exp_()  # above 20 the result is x to double precision, and e^2x would overflow
-        d = (e + e).add_(2).addcmul_(e, e)
-        return torch.addcdiv(x, x, d, value=-2), e, d
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        e = x.clamp(max=20).exp()  # above 20 the result is x to double precision, and e^2x would overflow
+        r = 1 / (e * (e + 2) + 2)
+        # the derivative is 1 - 2r + 4x (e^2x + e^x) r^2, in which (e^2x + e^x) r = 1 - (e^x + 2) r
+        slope = 1 + r * (4 * (x - x * r * (e + 2)) - 2)
+        return x - 2 * x * r, slope
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, *output[1:])
+        ctx.save_for_backward(output[1])
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_: None) -> Tensor:
-        x, e, d = ctx.saved_tensors
-        slope = torch.addcmul(e, e, e).div_(d).mul_(x).mul_(4).sub_(2).div_(d).add_(1)
-        return slope.mul_(grad)
+    def backward(ctx, grad: Tensor, _: None) -> Tensor:
+        return grad * ctx.saved_tensors[0]
 
 
 class Mish(nn.Module):
@@ -295,24 +299,32 @@ class DiffusionPolicy(nn.Module):
         angle = torch.arange(num_steps, dtype=beta.dtype)[:, None] * frequency
         self.register_buffer("sinusoid", torch.cat([angle.sin(), angle.cos()], 1), persistent=False)
 
-    def time_embedding(self) -> Tensor:
-        """Of all N steps, (N, 16)."""
-        return self.time_mlp(self.sinusoid.to(self.output.weight.dtype))
+    def first_layer(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What states (B, S) and all N steps add to the first layer, (B, 256) and (N, 256): once for a whole chain."""
+        first, (A, S) = self.trunk[0], (self.output.out_features, state.shape[-1])
+        _, of_time, of_state = first.weight.split([A, TIME_DIM, S], -1)
+        time_embedding = self.time_mlp(self.sinusoid.to(state.dtype))
+        return F.linear(state, of_state, first.bias), F.linear(time_embedding, of_time)
 
-    def predict_noise(self, action: Tensor, time_embedding: Tensor, state: Tensor) -> Tensor:
-        """eps(a^i, i, s): action (B, A), time_embedding (B, 16), state (B, S) -> (B, A)."""
-        return self.output(self.trunk(torch.cat([action, time_embedding, state], -1)))
+    def predict_noise(self, action: Tensor, rest: Tensor) -> Tensor:
+        """eps(a^i, i, s), (B, A): action (B, A), rest (B, 256) the sum of what its state and step add to layer one."""
+        first, *layers = self.trunk
+        hidden = F.linear(action, first.weight[:, : action.shape[-1]]) + rest
+        for layer in layers:
+            hidden = layer(hidden)
+        return self.output(hidden)
 
     def sample(self, state: Tensor, noise: Tensor) -> Tensor:
-        """Actions (B, A) in [-max_action, max_action] for states (B, S), differentiable in the parameters.
+        """Actions (C B, A) in [-max_action, max_action], C adjacent ones for each of states (B, S), differentiable.
 
-        noise (N + 1, B, A): noise[0] is a^N, noise[1..N] drive the steps i = N..1; the last adds none.
+        noise (N + 1, C B, A): noise[0] is a^N, noise[1..N] drive the steps i = N..1; the last adds none.
         """
-        time_embedding = self.time_embedding()
+        of_state, of_time = self.first_layer(state)
+        of_state = of_state.repeat_interleave(noise.shape[1] // len(state), 0)
         action = noise[0]
         for step_noise, i in zip(noise[1:], reversed(range(len(self.reverse))), strict=True):
             r, m, c0, ci, sigma = self.reverse[i]
-            eps = self.predict_noise(action, time_embedding[i].expand(len(state), -1), state)
+            eps = self.predict_noise(action, of_state + of_time[i])
             a0 = (r * action - m * eps).clamp(-self.max_action, self.max_action)
             action = c0 * a0 + ci * action
             if i > 0:
@@ -323,7 +335,8 @@ class DiffusionPolicy(nn.Module):
         """L_d, Eq. 2: action (B, A), state (B, S), step (B,) in 0..N-1 with 0 least noisy, noise (B, A) -> ()."""
         scale = self.forward_scale.to(action.dtype)[step]
         noisy_action = scale[:, :1] * action + scale[:, 1:] * noise
-        return F.mse_loss(self.predict_noise(noisy_action, self.time_embedding()[step], state), noise)
+        of_state, of_time = self.first_layer(state)
+        return F.mse_loss(self.predict_noise(noisy_action, of_state + of_time[step]), noise)
 
 
 class TwinQ(nn.Module):
@@ -392,7 +405,7 @@ class DiffusionQL:
     def __init__(self, state_dim: int, action_dim: int, args: Args):
         self.args = args = with_settings(args)
         self.device = choose_device(args.device)
-        self.action_dim = action_dim
+        self.state_dim, self.action_dim = state_dim, action_dim
         self.policy = DiffusionPolicy(state_dim, action_dim, 1.0, args.num_steps, args.schedule).to(self.device)
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
         self.critic = TwinQ(state_dim, action_dim).to(self.device)
@@ -400,15 +413,24 @@ class DiffusionQL:
         self.policy_opt = self.adam(self.policy, args.learning_rate)
         self.critic_opt = self.adam(self.critic, CRITIC_LEARNING_RATE)
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.eta: float | Tensor = args.eta
         if args.compile:
-            self.critic_loss = torch.compile(self.critic_loss, fullgraph=True, dynamic=False)
-            self.policy_losses = torch.compile(self.policy_losses, fullgraph=True, dynamic=False)
+            self.compile()
+
+    def compile(self) -> None:
+        """From now on each loss is one compiled function, and so is its gradient."""
+        self.critic_loss = torch.compile(self.critic_loss, fullgraph=True, dynamic=False)
+        self.policy_losses = torch.compile(self.policy_losses, fullgraph=True, dynamic=False)
 
     def adam(self, network: nn.Module, learning_rate: float) -> torch.optim.Adam:
         """Adam whose learning rate is a device tensor: it can change without waiting for the device."""
         on_gpu = self.device.type == "cuda"  # its kernel reads a float32 rate
         lr = torch.tensor(learning_rate, dtype=torch.float32 if on_gpu else torch.float64, device=self.device)
         return torch.optim.Adam(network.parameters(), lr=lr, fused=True, capturable=on_gpu)
+
+    def draw_index(self, rows: int, generator: torch.Generator) -> Tensor:
+        """The rows of a batch, (B,)."""
+        return torch.randint(rows, (self.args.batch_size,), generator=generator, device=self.device)
 
     def draw(self, generator: torch.Generator) -> Draws:
         """The random numbers of one update, from a generator on the agent's device."""
@@ -427,9 +449,9 @@ class DiffusionQL:
         """Eq. 4 and the mean of its target. The target's actions come from the policy's average."""
         with torch.no_grad():
             copies = len(next_noise[0]) // len(batch.state)
-            next_state = batch.next_state.repeat_interleave(copies, 0)
-            next_action = self.policy_ema.sample(next_state, next_noise)
-            q1, q2 = (q.view(-1, copies).amax(1) for q in self.critic_target(next_state, next_action))
+            next_action = self.policy_ema.sample(batch.next_state, next_noise)
+            qs = self.critic_target(batch.next_state.repeat_interleave(copies, 0), next_action)
+            q1, q2 = (q.view(-1, copies).amax(1) for q in qs)
             target = batch.reward + (1 - batch.done) * self.args.gamma * torch.min(q1, q2)
         q1, q2 = self.critic(batch.state, batch.action)
         return F.mse_loss(q1, target) + F.mse_loss(q2, target), target.mean()
@@ -446,35 +468,50 @@ class DiffusionQL:
 
     def update(self, batch: Batch, draws: Draws) -> Losses:
         """One iteration of Algorithm 1. Nothing in it waits for the device."""
-        args = self.args
-        max_norm = args.grad_norm or math.inf
-        if args.lr_decay:
+        if self.args.lr_decay:
             self.decay_learning_rates()
-
-        # Critics: Eq. 4; behaviour cloning has none
-        critic_loss = target_q = critic_grad_norm = torch.zeros((), device=self.device)
-        if args.eta > 0:
-            critic_loss, target_q = self.critic_loss(batch, draws.next_noise)
-            self.critic_opt.zero_grad()
-            critic_loss.backward()
-            critic_grad_norm = nn.utils.clip_grad_norm_(self.critic.parameters(), max_norm)
-            self.critic_opt.step()
-
-        # Policy: Eq. 3, its denoising part Eq. 2
-        bc_loss, q_loss = self.policy_losses(batch, draws)
-        policy_loss = bc_loss + args.eta * q_loss
-        self.policy_opt.zero_grad()
-        policy_loss.backward(inputs=list(self.policy.parameters()))
-        policy_grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), max_norm)
-        self.policy_opt.step()
-
-        # Targets: the policy's average moves now and then, the critics' targets always
-        moves = (self.step >= args.average_from) & (self.step % args.average_every == 0)
-        move_average(self.policy_ema, self.policy, moves * (1 - args.average_decay))
-        move_average(self.critic_target, self.critic, torch.full_like(bc_loss, args.tau))
+        # Behaviour cloning (eta 0) has no critics
+        critic = self.update_critics(batch, draws) if self.args.eta > 0 else None
+        policy = self.update_policy(batch, draws)
+        self.move_averages()
         self.step += 1
-        losses = (critic_loss, bc_loss, q_loss, policy_loss, target_q, critic_grad_norm, policy_grad_norm)
-        return Losses(*(x.detach() for x in losses))
+        critic_loss, target_q, critic_grad_norm = critic or 3 * (torch.zeros_like(policy[0]),)
+        bc_loss, q_loss, policy_loss, policy_grad_norm = policy
+        return Losses(critic_loss, bc_loss, q_loss, policy_loss, target_q, critic_grad_norm, policy_grad_norm)
+
+    def update_critics(self, batch: Batch, draws: Draws) -> tuple[Tensor, ...]:
+        """A step down Eq. 4."""
+        loss, target_q = self.critic_loss(batch, draws.next_noise)
+        self.critic_opt.zero_grad()
+        loss.sum().backward()
+        grad_norm = self.clip_gradients(self.critic)
+        self.critic_opt.step()
+        return loss.detach(), target_q, grad_norm
+
+    def update_policy(self, batch: Batch, draws: Draws) -> tuple[Tensor, ...]:
+        """A step down Eq. 3, whose denoising part is Eq. 2."""
+        bc, q = self.policy_losses(batch, draws)
+        loss = bc + self.eta * q
+        self.policy_opt.zero_grad()
+        loss.sum().backward(inputs=list(self.policy.parameters()))
+        grad_norm = self.clip_gradients(self.policy)
+        self.policy_opt.step()
+        return bc.detach(), q.detach(), loss.detach(), grad_norm
+
+    def clip_gradients(self, network: nn.Module) -> Tensor:
+        """Scales a network's gradients to --grad-norm, where they are longer; their norm before."""
+        return nn.utils.clip_grad_norm_(network.parameters(), self.args.grad_norm or math.inf)
+
+    @torch.no_grad()
+    def move_averages(self) -> None:
+        """The policy's average moves now and then (otherwise by a weight of 0), the critics' targets always."""
+        args = self.args
+        moves = (self.step >= args.average_from) & (self.step % args.average_every == 0)
+        weight = moves * (1 - args.average_decay)
+        for average, p in zip(self.policy_ema.parameters(), self.policy.parameters(), strict=True):
+            average.lerp_(p, weight.to(p.dtype))
+        for target, p in zip(self.critic_target.parameters(), self.critic.parameters(), strict=True):
+            target.lerp_(p, args.tau)
 
     def decay_learning_rates(self) -> None:
         """Half a cosine, from the full rate at step 0 to 0 after the last update."""
@@ -494,11 +531,10 @@ class DiffusionQL:
         """Actions (E, A) for states (E, S): of C candidates each, one drawn from the softmax of min target Q."""
         num_states, candidates = draws.gumbel.shape
         policy = self.policy_ema if self.args.eval_average else self.policy
-        state = state.repeat_interleave(candidates, 0)
         action = policy.sample(state, draws.noise)
         if candidates == 1:
             return action
-        q = torch.min(*self.critic_target(state, action)).view(num_states, candidates)
+        q = torch.min(*self.critic_target(state.repeat_interleave(candidates, 0), action)).view(num_states, candidates)
         # Gumbel's trick: the argmax of Q / T plus Gumbel noise is a draw from softmax(Q / T)
         chosen = (q + self.args.eval_temperature * draws.gumbel).argmax(1)
         return action.view(num_states, candidates, -1)[torch.arange(num_states, device=self.device), chosen]
@@ -512,13 +548,6 @@ class DiffusionQL:
         for name in AGENT_PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.step.copy_(state["step"])
-
-
-@torch.no_grad()
-def move_average(average: nn.Module, network: nn.Module, weight: Tensor) -> None:
-    """average <- (1 - weight) average + weight network, in place."""
-    for a, p in zip(average.parameters(), network.parameters(), strict=True):
-        a.lerp_(p, weight.to(a.dtype))
 
 
 def choose_device(name: str) -> torch.device:
@@ -552,19 +581,20 @@ def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -
 # ----------------------------------------------------------------------------- evaluation
 
 
-def evaluate(agent: DiffusionQL, envs: list, generator: torch.Generator, seed: int) -> np.ndarray:
-    """Returns (E,) of one episode in each of E environments, side by side: one batch of actions a time step."""
-    states = np.stack([env.reset(seed=seed + k)[0] for k, env in enumerate(envs)])
-    returns, running = np.zeros(len(envs)), np.arange(len(envs))
-    while len(running):
-        state = torch.as_tensor(states[running], dtype=torch.get_default_dtype(), device=agent.device)
-        actions = agent.act(state, agent.draw_act(len(running), generator)).cpu().numpy()
-        ended = np.zeros(len(running), bool)
-        for j, k in enumerate(running):
-            states[k], reward, terminated, truncated, _ = envs[k].step(actions[j])
+def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: list[int], device: torch.device) -> np.ndarray:
+    """Returns (E,) of one episode in each of E environments, side by side: one batch of actions (E, A) a time step.
+
+    act is given the states (E, S) of all, ended ones too: so its shapes, and what it draws for whom, never change.
+    """
+    states = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
+    returns, running = np.zeros(len(envs)), set(range(len(envs)))
+    while running:
+        actions = act(torch.as_tensor(states, dtype=torch.get_default_dtype(), device=device)).cpu().numpy()
+        for k in list(running):
+            states[k], reward, terminated, truncated, _ = envs[k].step(actions[k])
             returns[k] += reward
-            ended[j] = terminated or truncated
-        running = running[~ended]
+            if terminated or truncated:
+                running.remove(k)
     return returns
 
 
@@ -594,11 +624,11 @@ def select(rows: list[dict], args: Args) -> dict[str, dict]:
 def load_policy(run_folder: str | Path, seed: int = 0, device: str = "auto") -> Callable:
     """The trained policy of a run: states (S,) or (E, S), numpy or torch, in; actions of the same kind out."""
     args = replace(read_args(Path(run_folder)), device=device, compile=False)
+    if args.num_seeds > 1:
+        raise BadInput(f"{run_folder} holds {args.num_seeds} policies: give one of its folders seed-*")
     task = TASKS[args.env_id]
     agent = DiffusionQL(task.state_dim, task.action_dim, args)
-    saved = read_checkpoint(Path(run_folder), agent.device)["agent"]
-    for name in ("policy", "policy_ema", "critic_target"):
-        getattr(agent, name).load_state_dict(saved[name])
+    agent.load_state_dict(read_checkpoint(Path(run_folder), agent.device)["agents"][0])
     generator = torch.Generator(agent.device).manual_seed(seed)
 
     def policy(states):
@@ -618,17 +648,25 @@ METRICS = ("step", *LOSS_NAMES, "score", "score_std", "updates_per_second", "sec
 
 def start_folder(args: Args) -> Path:
     """Makes the run's folder and writes args.json. Raises BadInput where that cannot be."""
-    name = f"{args.env_id}__dql__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    last = f"-{args.seed + args.num_seeds - 1}" if args.num_seeds > 1 else ""
+    name = f"{args.env_id}__dql__{args.seed}{last}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder, again = args.runs_dir / name, 0
     try:
         while folder.exists():
             again += 1
             folder = args.runs_dir / f"{name}-{again}"
         folder.mkdir(parents=True)
-        write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2, default=str)))
+        write_args(folder, args)
+        for k, path in enumerate(seed_folders(args, folder) if args.num_seeds > 1 else []):
+            path.mkdir()
+            write_args(path, replace(args, seed=args.seed + k, num_seeds=1))
     except OSError as error:
         raise BadInput(f"cannot write the run's folder {folder}: {error.strerror}; choose a --runs-dir") from None
     return folder
+
+
+def write_args(folder: Path, args: Args) -> None:
+    write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2, default=str)))
 
 
 def read_args(folder: Path) -> Args:
@@ -642,7 +680,7 @@ def read_args(folder: Path) -> Args:
 
 
 def read_checkpoint(folder: Path, device: torch.device) -> dict:
-    """{"agent", "generator", "rows", "device"} of a run's last checkpoint. Raises BadInput."""
+    """{"agents", "generators", "history", "device"} of a run's last checkpoint, of each seed. Raises BadInput."""
     try:
         return torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a damaged file
@@ -715,89 +753,192 @@ def versions() -> dict[str, str | int]:
 
 def train(args: Args) -> dict:
     """Trains, evaluates and writes the run's folder; returns what summary.json says. Raises BadInput."""
-    from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
     args = with_settings(resumed_args(args) if args.resume else args)
-    device, task = choose_device(args.device), TASKS[args.env_id]
+    device = choose_device(args.device)
+    args = choose_path(args, device)
     dataset = make_batch(load_dataset(args.env_id, args.dataset_path, args.env_backend), args.reward, device)
-    envs = make_envs(args.env_id, args.eval_episodes, args.env_backend)
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    envs = make_envs(args.env_id, args.eval_episodes * len(seeds), args.env_backend)
+    env_seeds = [seed + 100 + k for seed in seeds for k in range(args.eval_episodes)]
     video_env = rendering_env(args) if args.capture_video else None
     if args.track and importlib.util.find_spec("wandb") is None:
         raise BadInput("--track needs Weights & Biases: pip install wandb")
-    if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise BadInput("--compile needs a C++ compiler: install g++, or leave --compile out")
 
-    torch.manual_seed(args.seed)
-    agent = DiffusionQL(task.state_dim, task.action_dim, args)
-    generator, rows = torch.Generator(device).manual_seed(args.seed), []
+    agents = [make_agent(args, seed) for seed in seeds]
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    eval_generators = [torch.Generator(device) for _ in seeds]
+    history: list[list[dict]] = [[] for _ in seeds]  # of each seed, the rows of metrics.csv
     folder = args.resume or start_folder(args)
     if args.resume:
-        checkpoint = read_checkpoint(folder, device)
-        if checkpoint["device"] != device.type:
-            raise BadInput(f"{folder} ran on {checkpoint['device']}, which alone can go on exactly: give that --device")
-        agent.load_state_dict(checkpoint["agent"])
-        generator.set_state(checkpoint["generator"].cpu())
-        rows = checkpoint["rows"]
-    step = rows[-1]["step"] if rows else 0
-    print(f"{folder}: {len(dataset.state):,} transitions, updates {step:,} to {args.num_updates:,} on {device}")
+        history = restore(folder, agents, generators)
+    agent, updates, act = make_steps(args, agents, dataset, generators, eval_generators)
+    step = history[0][-1]["step"] if history[0] else 0
+    path = f"{'compiled' if args.compile else 'eager'}{' and captured' * args.cudagraphs}"
+    print(f"{folder}: {len(dataset.state):,} transitions, updates {step:,} to {args.num_updates:,} "
+          f"of {len(seeds)} seed(s) on {device}, {path}")  # fmt: skip
+
+    writers = open_logs(args, folder, step)
+    with tqdm(total=args.num_updates, initial=step, mininterval=0.5 if sys.stderr.isatty() else 60) as bar:
+        while step < args.num_updates:
+            stop = min(args.num_updates, *((step // every + 1) * every for every in (args.log_every, args.eval_every)))
+            rows = update_until(stop, step, updates, bar)
+            step = stop
+            evaluated = step == args.num_updates or step % args.eval_every == 0
+            if evaluated:
+                # noise of its own, of seed and step: an evaluation changes nothing that training draws
+                for seed, generator in zip(seeds, eval_generators, strict=True):
+                    generator.manual_seed(seed * 1_000_003 + step)
+                scores = normalized_score(args.env_id, evaluate(act, envs, env_seeds, device)).reshape(len(seeds), -1)
+                for row, score in zip(rows, scores, strict=True):
+                    row |= {"score": float(score.mean()), "score_std": float(score.std())}
+                bar.set_postfix(score=f"{scores.mean():.1f}")
+            for row, before in zip(rows, history, strict=True):
+                row["seconds"] += before[-1]["seconds"] if before else 0.0
+                before.append(row)
+            log(args, folder, history, writers)
+            if evaluated:
+                save(args, folder, unstacked(agent, args), generators, history)
+    for writer in writers:
+        writer.close()
+    summary = summarize(args, folder, history, device)
+    if video_env:
+        from gymnasium.wrappers import RecordVideo
+
+        policy = load_policy(seed_folders(args, folder)[0], args.seed, args.device)
+        with RecordVideo(video_env, str(folder), name_prefix="video", disable_logger=True) as env:
+            evaluate(lambda states: policy(states), [env], [args.seed + 100], device)
+    return summary
+
+
+def choose_path(args: Args, device: torch.device) -> Args:
+    """args with --compile and --cudagraphs chosen, where they were not, by device and length. Raises BadInput."""
+    on_gpu, updates = device.type == "cuda", args.num_updates * args.num_seeds
+    if args.cudagraphs and not on_gpu:
+        raise BadInput("--cudagraphs needs --device cuda and a GPU")
+    compiler = on_gpu or shutil.which(os.environ.get("CXX", "g++"))
+    if args.compile and not compiler:
+        raise BadInput("--compile needs a C++ compiler: install g++, or give --no-compile")
+    compiles = bool(compiler) and updates >= (50_000 if on_gpu else 10_000)
+    return replace(
+        args,
+        compile=compiles if args.compile is None else args.compile,
+        cudagraphs=on_gpu and updates >= 2_000 if args.cudagraphs is None else args.cudagraphs,
+    )
+
+
+def make_agent(args: Args, seed: int) -> DiffusionQL:
+    """The agent of one seed."""
+    torch.manual_seed(seed)
+    task, args = TASKS[args.env_id], replace(args, seed=seed, compile=args.compile and args.num_seeds == 1)
+    return DiffusionQL(task.state_dim, task.action_dim, args)
+
+
+def make_steps(args: Args, agents: list, dataset: Batch, generators: list, eval_generators: list) -> tuple:
+    """(agent, updates, act): updates(n) trains and returns n updates' summed losses, act maps states to actions."""
+    agent, generator, eval_generator = agents[0], generators[0], eval_generators[0]
+    if args.num_seeds > 1:
+        from fast_sampler import replicate
+
+        agent, generator, eval_generator = replicate(agents, args.compile), generators, eval_generators
+    if args.cudagraphs:
+        from fast_sampler import FastSampler, FastUpdate
+
+        sampler = FastSampler(agent, args.eval_episodes, eval_generator)
+        return agent, FastUpdate(agent, dataset, generator), sampler
+    return (
+        agent,
+        lambda n: sum(train_step(agent, dataset, generator) for _ in range(n)),
+        lambda states: act_fresh(agent, states, eval_generator),
+    )
+
+
+def train_step(agent: DiffusionQL, dataset: Batch, generator: torch.Generator) -> Tensor:
+    """One iteration of Algorithm 1 on a random batch; its losses, (7,), or (K, 7) of K replicas."""
+    index = agent.draw_index(len(dataset.state), generator)
+    return torch.stack(agent.update(Batch(*(x[index] for x in dataset)), agent.draw(generator)), -1)
+
+
+def act_fresh(agent: DiffusionQL, states: Tensor, generator: torch.Generator) -> Tensor:
+    """Actions (E, A) for states (E, S); of K replicas, (K E, A) for (K E, S), replica by replica."""
+    return agent.act(states, agent.draw_act(len(states), generator))
+
+
+def update_until(stop: int, step: int, updates: Callable[[int], Tensor], bar) -> list[dict]:
+    """Updates step + 1 .. stop; of each seed, their row of metrics.csv. It waits for the device once, at the end."""
+    start, sums, done = time.perf_counter(), 0, step
+    while done < stop:
+        n = min(10, stop - done)
+        sums = sums + updates(n)
+        done += n
+        bar.update(n)
+    means = (sums / (stop - step)).reshape(-1, len(LOSS_NAMES)).tolist()
+    seconds = time.perf_counter() - start
+    rest = {"score": "", "score_std": "", "updates_per_second": (stop - step) / seconds, "seconds": seconds}
+    return [{"step": stop, **dict(zip(LOSS_NAMES, mean, strict=True)), **rest} for mean in means]
+
+
+def seed_folders(args: Args, folder: Path) -> list[Path]:
+    """Of each seed: the run's folder itself, or a folder within where there are several."""
+    if args.num_seeds == 1:
+        return [folder]
+    return [folder / f"seed-{seed}" for seed in range(args.seed, args.seed + args.num_seeds)]
+
+
+def open_logs(args: Args, folder: Path, step: int) -> list:
+    """A TensorBoard writer for each seed, and Weights & Biases."""
+    from torch.utils.tensorboard import SummaryWriter
 
     if args.track:
         import wandb
 
         wandb.init(project="dql", name=folder.name, config=asdict(args), sync_tensorboard=True)
-    with (
-        SummaryWriter(folder, purge_step=step + 1 if rows else None) as writer,
-        tqdm(total=args.num_updates, initial=step, mininterval=0.5 if sys.stderr.isatty() else 60) as bar,
-    ):
-        while step < args.num_updates:
-            stop = min(args.num_updates, *((step // every + 1) * every for every in (args.log_every, args.eval_every)))
-            row = update_until(stop, step, agent, dataset, generator, bar)
-            row["seconds"] += rows[-1]["seconds"] if rows else 0.0
-            step = stop
-            if step == args.num_updates or step % args.eval_every == 0:
-                # its own noise, of seed and step: an evaluation changes nothing that training draws
-                eval_generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
-                scores = normalized_score(args.env_id, evaluate(agent, envs, eval_generator, args.seed + 100))
-                row |= {"score": float(scores.mean()), "score_std": float(scores.std())}
-                bar.set_postfix(score=f"{row['score']:.1f}")
-            rows.append(row)
-            save(folder, agent, generator, rows, writer)
-    summary = summarize(folder, rows, args, device)
-    if video_env:
-        from gymnasium.wrappers import RecordVideo
-
-        with RecordVideo(video_env, str(folder), name_prefix="video", disable_logger=True) as env:
-            evaluate(agent, [env], torch.Generator(device).manual_seed(args.seed), args.seed + 100)
-    return summary
+    return [SummaryWriter(path, purge_step=step + 1 if step else None) for path in seed_folders(args, folder)]
 
 
-def update_until(stop: int, step: int, agent: DiffusionQL, dataset: Batch, generator: torch.Generator, bar) -> dict:
-    """Updates step + 1 .. stop; returns their row of metrics.csv. It waits for the device once, at the end."""
-    start, sums = time.perf_counter(), torch.zeros(len(LOSS_NAMES), device=agent.device)
-    for _ in range(step, stop):
-        index = torch.randint(len(dataset.state), (agent.args.batch_size,), generator=generator, device=agent.device)
-        batch = Batch(*(x[index] for x in dataset))
-        sums += torch.stack(agent.update(batch, agent.draw(generator)))
-        bar.update()
-    means = (sums / (stop - step)).tolist()
-    seconds = time.perf_counter() - start
-    row = {"step": stop, **dict(zip(LOSS_NAMES, means, strict=True)), "score": "", "score_std": ""}
-    return row | {"updates_per_second": (stop - step) / seconds, "seconds": seconds}
+def log(args: Args, folder: Path, history: list[list[dict]], writers: list) -> None:
+    """The newest row of each seed, to TensorBoard and metrics.csv."""
+    for path, rows, writer in zip(seed_folders(args, folder), history, writers, strict=True):
+        for name in METRICS[1:]:
+            if rows[-1][name] != "":
+                kind = "losses" if name in LOSS_NAMES else "charts"
+                writer.add_scalar(f"{kind}/{name}", rows[-1][name], rows[-1]["step"])
+        write_whole(path / "metrics.csv", lambda path, rows=rows: write_metrics(path, rows))
 
 
-def save(folder: Path, agent: DiffusionQL, generator: torch.Generator, rows: list[dict], writer) -> None:
-    """Logs the newest row; after an evaluation, writes the checkpoint and the curve."""
-    row = rows[-1]
-    for name in METRICS[1:]:
-        if row[name] != "":
-            writer.add_scalar(f"{'losses' if name in LOSS_NAMES else 'charts'}/{name}", row[name], row["step"])
-    write_whole(folder / "metrics.csv", lambda path: write_metrics(path, rows))
-    if row["score"] != "":
-        parts = {"agent": agent.state_dict(), "generator": generator.get_state(), "rows": rows}
-        checkpoint = {**parts, "device": agent.device.type}
-        write_whole(folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
-        write_whole(folder / "curve.png", lambda path: write_curve(path, rows, agent.args))
+def save(args: Args, folder: Path, agents: list[dict], generators: list, history: list[list[dict]]) -> None:
+    """The checkpoint of all seeds, from which a run goes on; then of each, for itself, and its curve."""
+    states, kind = [generator.get_state() for generator in generators], generators[0].device.type
+    whole = {"agents": agents, "generators": states, "history": history, "device": kind}
+    write_whole(folder / "checkpoint.pt", lambda path: torch.save(whole, path))
+    for k, path in enumerate(seed_folders(args, folder)):
+        if args.num_seeds > 1:
+            one = {name: whole[name][k : k + 1] for name in ("agents", "generators", "history")} | {"device": kind}
+            write_whole(path / "checkpoint.pt", lambda path, one=one: torch.save(one, path))
+        one_args = replace(args, seed=args.seed + k)
+        write_whole(path / "curve.png", lambda path, k=k, a=one_args: write_curve(path, history[k], a))
+
+
+def unstacked(agent: DiffusionQL, args: Args) -> list[dict]:
+    """The state of each seed's agent."""
+    if args.num_seeds == 1:
+        return [agent.state_dict()]
+    from fast_sampler import unstack
+
+    return [unstack(agent.state_dict(), k) for k in range(args.num_seeds)]
+
+
+def restore(folder: Path, agents: list[DiffusionQL], generators: list[torch.Generator]) -> list[list[dict]]:
+    """Puts agents and generators where the checkpoint left them; returns its history. Raises BadInput."""
+    device = agents[0].device
+    checkpoint = read_checkpoint(folder, device)
+    if checkpoint["device"] != device.type:
+        raise BadInput(f"{folder} ran on {checkpoint['device']}, which alone can go on exactly: give that --device")
+    for k, (agent, generator) in enumerate(zip(agents, generators, strict=True)):
+        agent.load_state_dict(checkpoint["agents"][k])
+        generator.set_state(checkpoint["generators"][k].cpu())
+    return checkpoint["history"]
 
 
 def rendering_env(args: Args):
@@ -813,30 +954,44 @@ def rendering_env(args: Args):
         raise BadInput(f"--capture-video cannot render here ({reason(error)}): try MUJOCO_GL=egl or =osmesa") from None
 
 
-def summarize(folder: Path, rows: list[dict], args: Args, device: torch.device) -> dict:
-    """Writes and returns summary.json."""
-    summary = {
+def summarize(args: Args, folder: Path, history: list[list[dict]], device: torch.device) -> dict:
+    """Writes each seed's summary.json and, of several, the mean and spread; returns the run's."""
+    common = {
         "env_id": args.env_id,
-        "seed": args.seed,
-        "num_updates": rows[-1]["step"],
-        **select(rows, args),
+        "num_updates": history[0][-1]["step"],
         "paper": SETTINGS[args.env_id].paper,
-        "updates_per_second": rows[-1]["step"] / rows[-1]["seconds"],
-        "seconds": rows[-1]["seconds"],
+        "updates_per_second": history[0][-1]["step"] / history[0][-1]["seconds"],
+        "seconds": history[0][-1]["seconds"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": versions(),
-        "folder": str(folder),
     }
+    summaries = []
+    for k, (path, rows) in enumerate(zip(seed_folders(args, folder), history, strict=True)):
+        summaries.append(common | {"seed": args.seed + k, **select(rows, args), "folder": str(path)})
+        write_whole(path / "summary.json", lambda path, k=k: path.write_text(json.dumps(summaries[k], indent=2) + "\n"))
+    if args.num_seeds == 1:
+        return summaries[0]
+    summary = common | {"seed": args.seed, "num_seeds": args.num_seeds, "folder": str(folder)}
+    for name in ("last", "best", "offline"):
+        scores = [one[name]["score"] for one in summaries]
+        summary[name] = {"score": float(np.mean(scores)), "std": float(np.std(scores)), "scores": scores}
     write_whole(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     return summary
 
 
 def parse(argv: list[str]) -> Args:
     """The command line's Args; tyro's boxed complaint becomes one line. Raises BadInput."""
+    words = []  # what may be None wants a value: --compile alone is --compile True, --no-compile is --compile False
+    for word, after in pairwise([*argv, "--"]):
+        flag = word.replace("--no-", "--", 1)
+        if flag in ("--compile", "--cudagraphs", "--max-q-backup") and after not in ("True", "False", "None"):
+            words += [flag, str(flag == word)]
+        else:
+            words.append(word)
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
-            return tyro.cli(Args, args=argv)
+            return tyro.cli(Args, args=words)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -851,10 +1006,12 @@ def main() -> None:
     except BadInput as error:
         print(f"dql.py: {error}", file=sys.stderr)
         sys.exit(2)
+    seeds = summary.get("num_seeds", 1)
     print(f"{summary['env_id']}, seed {summary['seed']}, {summary['num_updates']} updates, normalized score:")
     for name in ("last", "best", "offline"):
         it = summary[name]
-        print(f"  {name:8} {it['score']:6.1f} ± {it['std']:.1f} ({it['episodes']} episodes, update {it['step']})")
+        of = f"{seeds} seeds" if seeds > 1 else f"{it['episodes']} episodes, update {it['step']}"
+        print(f"  {name:8} {it['score']:6.1f} ± {it['std']:.1f} ({of})")
     if summary["paper"]:
         print(f"  {'paper':8} {summary['paper'][0]:6.1f} ± {summary['paper'][1]:.1f} (5 seeds)")
     print(summary["folder"])

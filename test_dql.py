@@ -6,6 +6,7 @@ Oracles: the official implementation's figures (reference/official_update.json),
 (reference/classic_steps.npz), closed forms and second implementations in float64.
 """
 
+import copy
 import csv
 import hashlib
 import http.server
@@ -28,8 +29,10 @@ import torch
 
 import d4rl_tasks
 import dql
+import fast_sampler
 from d4rl_tasks import TASKS, BadInput, load_dataset, make_env, make_envs, normalized_score
 from dql import ActDraws, Args, Batch, DiffusionPolicy, DiffusionQL, Draws, beta_schedule
+from fast_sampler import FastSampler, FastUpdate, replicate, unstack
 
 torch.set_num_threads(1)  # the networks are small: threads would wait for each other, most of all on a busy machine
 
@@ -457,27 +460,35 @@ def test_same_seed_same_metrics_and_other_seed_other(tmp_path):
     assert runs[0] != runs[2]
 
 
-def test_resume_is_exact(tmp_path, monkeypatch, capsys):
-    """Stopped after its first checkpoint and resumed: the weights and metrics of a run that was not stopped."""
-    whole = Path(dql.train(tiny_args(tmp_path, num_updates=24))["folder"])
-    save = dql.save
+def stopped_after(step: int, args: Args) -> Path:
+    """The folder of a run that stopped when it had logged that step."""
+    before, log = set(args.runs_dir.glob("*")), dql.log
 
-    def save_and_stop(*args):
-        save(*args)
-        if args[3][-1]["step"] == 15:
+    def log_and_stop(args, folder, history, writers):
+        log(args, folder, history, writers)
+        if history[0][-1]["step"] == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(dql, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        dql.train(tiny_args(tmp_path, num_updates=24))
-    monkeypatch.setattr(dql, "save", save)
-    stopped = next(p for p in (tmp_path / "runs").iterdir() if p != whole)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dql, "log", log_and_stop)
+        dql.train(args)
+    (folder,) = set(args.runs_dir.glob("*")) - before
+    return folder
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_resume_is_exact(num_seeds, tmp_path):
+    """Stopped after its first checkpoint and resumed: the weights and metrics of a run that was not stopped."""
+    args = tiny_args(tmp_path, num_updates=24, num_seeds=num_seeds)
+    whole = Path(dql.train(args)["folder"])
+    stopped = stopped_after(15, args)
     assert not (stopped / "summary.json").exists()
     dql.train(Args(resume=stopped))
-    assert metrics(stopped) == metrics(whole)
-    saved = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, stopped))
-    a, b = (torch.utils._pytree.tree_leaves([x["agent"], x["generator"]]) for x in saved)
-    assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b, strict=True))
+    for a, b in zip(dql.seed_folders(args, stopped), dql.seed_folders(args, whole), strict=True):
+        assert metrics(a) == metrics(b)
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, stopped))
+    assert len(a["agents"]) == num_seeds
+    assert_states_close([a["agents"], a["generators"]], [b["agents"], b["generators"]], rtol=0, atol=0)
 
     with pytest.raises(dql.BadInput, match=r"--eta 7.0 \(the run's: 1.0\)"):
         dql.train(Args(resume=stopped, eta=7.0))
@@ -501,18 +512,6 @@ def test_load_policy(tmp_path):
     np.testing.assert_array_equal(actions, again(states))
     assert policy(states[0]).shape == (3,)
     assert torch.is_tensor(policy(torch.as_tensor(states))) and policy(torch.as_tensor(states)).shape == (5, 3)
-
-
-def test_compiled_update_equals_eager(float64):
-    """torch.compile changes how an update is computed, not what."""
-    eager, compiled = (tiny_agent(num_steps=2, compile=c) for c in (False, True))
-    assert all(hasattr(loss, "_torchdynamo_orig_callable") for loss in (compiled.critic_loss, compiled.policy_losses))
-    for agent in (eager, compiled):
-        generator = torch.Generator().manual_seed(0)
-        for k in range(3):
-            agent.update(random_batch(agent, seed=k), agent.draw(generator))
-    for a, b in zip(parameters(eager), parameters(compiled), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_offline_selection_takes_the_ranked_evaluation():
@@ -557,6 +556,242 @@ def test_settings_are_the_papers():
     assert (args.average_decay, args.eval_every) == (common["policy_average"], common["eval_every_updates"])
     assert common["critic_learning_rate"] == dql.CRITIC_LEARNING_RATE
     assert dql.with_settings(Args(env_id="hopper-medium-v2", eta=0.5)).eta == 0.5
+
+
+# ----------------------------------------------------------------- the fast paths
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+FLOAT64 = {"rtol": 1e-9, "atol": 1e-11}  # other orders of summation, amplified by Adam's division over 100 updates
+
+
+def assert_states_close(a, b, **tolerance) -> None:
+    """Two nested states have the same keys, the same tensors up to the tolerance, and else the same values."""
+    if isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, **tolerance)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_states_close(a[key], b[key], **tolerance)
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_states_close(x, y, **tolerance)
+    else:
+        assert a == b
+
+
+def three_agents(**args) -> list[DiffusionQL]:
+    """Of other weights and etas; their averages start early, and some of their gradients are longer than grad_norm."""
+    settings = {"num_steps": 2, "average_from": 2, "average_every": 3, "grad_norm": 3.0, **args}
+    agents = []
+    for seed, eta in enumerate((1.0, 0.3, 2.0)):
+        agents.append(tiny_agent(**{"eta": eta, **settings}))
+        generator = torch.Generator().manual_seed(seed)
+        for name in ("policy", "critic"):
+            for p in getattr(agents[-1], name).parameters():
+                p.data += 0.1 * torch.randn(p.shape, generator=generator).to(p.device)
+    return agents
+
+
+def tiny_data(device: str, rows=40) -> Batch:
+    rng = np.random.default_rng(0)
+    arrays = (rng.standard_normal((rows, 3)), rng.uniform(-1, 1, (rows, 2)), 3 * rng.standard_normal(rows),
+              rng.standard_normal((rows, 3)), rng.uniform(size=rows) < 0.2)  # fmt: skip
+    return Batch(*(torch.as_tensor(x, dtype=torch.get_default_dtype(), device=device) for x in arrays))
+
+
+def generators_of(device: str, count: int) -> list[torch.Generator]:
+    return [torch.Generator(device).manual_seed(10 + k) for k in range(count)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("changes", [{}, {"max_q_backup": True, "lr_decay": True, "num_updates": 100}, {"eta": 0.0}])
+def test_replicas_equal_single_agents(changes, device, float64):
+    """100 updates of three agents at once, each with its own generator: losses and whole states of three runs alone."""
+    agents, data = three_agents(device=device, **changes), tiny_data(device)
+    many, generators = replicate(agents), generators_of(device, 3)
+    alone = generators_of(device, 3)
+    norms = []
+    for k in range(100):
+        losses = dql.train_step(many, data, generators)
+        want = torch.stack([dql.train_step(agent, data, g) for agent, g in zip(agents, alone, strict=True)])
+        torch.testing.assert_close(losses, want, **FLOAT64)
+        norms.append(want[:, -2:])
+        if k in (0, 1, 99):
+            for j, agent in enumerate(agents):
+                assert_states_close(unstack(many.state_dict(), j), agent.state_dict(), **FLOAT64)
+    clipped = torch.stack(norms) > 3.0
+    assert clipped.any() and not clipped.all(), "the test wants both"
+    assert (many.step.item(), agents[0].step.item()) == (100, 100)
+    with torch.no_grad():
+        states = torch.randn(3 * 5, 3, device=device)
+        want = [dql.act_fresh(a, states[5 * k :][:5], g) for k, (a, g) in enumerate(zip(agents, alone, strict=True))]
+        torch.testing.assert_close(dql.act_fresh(many, states, generators), torch.cat(want), **FLOAT64)
+
+
+def test_replicas_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="eta 0"):
+        replicate([tiny_agent(eta=0.0), tiny_agent(eta=1.0)])
+    older = tiny_agent()
+    older.step += 1
+    with pytest.raises(ValueError, match="same number of updates"):
+        replicate([tiny_agent(), older])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_updates_equal_eager(device, float64):
+    """torch.compile changes how an update is computed, not what: of one agent, and of two at once."""
+    data, generator = tiny_data(device), generators_of(device, 1)[0]
+    agents = three_agents(device=device)[:2]
+    compiled, many = copy.deepcopy(agents[0]), replicate(agents, compile=True)
+    compiled.compile()
+    for agent in (compiled, many):
+        assert all(hasattr(loss, "_torchdynamo_orig_callable") for loss in (agent.critic_loss, agent.policy_losses))
+    both, alone = generators_of(device, 2), generators_of(device, 2)
+    for _ in range(100):
+        dql.train_step(compiled, data, generator)
+        dql.train_step(many, data, both)
+        for agent, g in zip(agents, alone, strict=True):
+            dql.train_step(agent, data, g)
+    assert_states_close(compiled.state_dict(), agents[0].state_dict(), **FLOAT64)
+    for k, agent in enumerate(agents):
+        assert_states_close(unstack(many.state_dict(), k), agent.state_dict(), **FLOAT64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_fast_update_equals_eager(replicas, device, float64):
+    """Building it changes nothing; 1, 1 and 98 more replays sum and leave what as many eager steps do; it takes up a
+    state and a learning rate that are put into the agent, and gives the run back to the eager path at any time."""
+    data, eager = tiny_data(device), three_agents(device=device)[:replicas]
+    agent = replicate(eager) if replicas > 1 else copy.deepcopy(eager[0])
+    generators, alone = generators_of(device, replicas), generators_of(device, replicas)
+    generator = generators if replicas > 1 else generators[0]
+
+    before = copy.deepcopy(agent.state_dict())
+    fast = FastUpdate(agent, data, generator)
+    after = agent.state_dict()
+    for name in before:
+        if name.endswith("_opt"):  # Adam makes its state with its first step: here zeros
+            assert not before[name]["state"] and all(
+                not x.any() for state in after[name]["state"].values() for x in state.values()
+            )
+            assert_states_close(after[name]["param_groups"], before[name]["param_groups"], rtol=0, atol=0)
+        else:
+            assert_states_close(after[name], before[name], rtol=0, atol=0)
+    assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(generators, alone, strict=True))
+
+    def check(n: int) -> None:
+        sums = fast(n)
+        want = sum(
+            torch.stack([dql.train_step(a, data, g) for a, g in zip(eager, alone, strict=True)]) for _ in range(n)
+        )
+        torch.testing.assert_close(sums.reshape(want.shape), want, **FLOAT64)
+        for k, one in enumerate(eager):
+            state = agent.state_dict() if replicas == 1 else unstack(agent.state_dict(), k)
+            assert_states_close(state, one.state_dict(), **FLOAT64)
+
+    check(1)
+    check(1)
+    check(98)
+    for one in (agent, *eager):
+        one.policy_opt.param_groups[0]["lr"].fill_(1e-2)
+    check(2)
+    dql.train_step(agent, data, generator)
+    for one, g in zip(eager, alone, strict=True):
+        dql.train_step(one, data, g)
+    check(2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_fast_sampler_equals_act(replicas, device):
+    """The actions of agent.act with the same draws, fresh ones each call, by the agent's weights of the day."""
+    agents = three_agents(device=device)[:replicas]
+    agent = replicate(agents) if replicas > 1 else agents[0]
+    generators, alone = generators_of(device, replicas), generators_of(device, replicas)
+    sampler = FastSampler(agent, 5, generators if replicas > 1 else generators[0])
+    states = torch.randn(replicas * 5, 3, generator=torch.Generator().manual_seed(0)).to(device)
+    first, second = sampler(states), sampler(states)
+    for got in (first, second):
+        want = [dql.act_fresh(a, states[5 * k :][:5], g) for k, (a, g) in enumerate(zip(agents, alone, strict=True))]
+        torch.testing.assert_close(got, torch.cat(want))
+    assert not torch.equal(first, second)
+    for g in generators:
+        g.manual_seed(7)
+    again = sampler(states)
+    for g in generators:
+        g.manual_seed(7)
+    assert torch.equal(sampler(states), again), "a seed given between two calls is heeded"
+    with torch.no_grad():
+        for p in agent.policy.parameters():
+            p.zero_()
+    assert not torch.equal(sampler(states), again), "the weights of the day act"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_replays_draw_fresh_numbers(device):
+    """1,000 replays of one draw: mean and variance of a normal, no two alike."""
+    generator, drawn = torch.Generator(device).manual_seed(0), torch.empty(100, device=device)
+    graph = fast_sampler.capture(
+        lambda: drawn.copy_(torch.randn(100, generator=generator, device=device)), [generator], torch.device(device)
+    )
+    draws = []
+    for _ in range(1000):
+        graph.replay()
+        draws.append(drawn.clone())
+    draws = torch.stack(draws)
+    assert abs(draws.mean()) < 4 / math.sqrt(1e5) and abs(draws.var() - 1) < 4 * math.sqrt(2 / 1e5)
+    assert len(torch.unique(draws[:, 0])) > 990
+
+
+def test_several_seeds_are_the_single_runs(tmp_path):
+    """--num-seeds: each folder holds the run of that seed alone, to float32's rounding; the summary mean and spread."""
+    args = tiny_args(tmp_path, num_seeds=2, seed=5, num_updates=12, eval_every=6)
+    summary = dql.train(args)
+    folder = Path(summary["folder"])
+    scores = []
+    for seed in (5, 6):
+        alone = Path(dql.train(tiny_args(tmp_path, seed=seed, num_updates=12, eval_every=6))["folder"])
+        own = folder / f"seed-{seed}"
+        assert {p.name.split(".1")[0] for p in own.iterdir()} == {p.name.split(".1")[0] for p in alone.iterdir()}
+        for a, b in zip(metrics(own), metrics(alone), strict=True):
+            for name in dql.LOSS_NAMES:
+                assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3, abs=1e-4), name
+        scores.append(json.loads((own / "summary.json").read_text())["last"]["score"])
+        assert dql.load_policy(own, device="cpu")(np.zeros(11)).shape == (3,)
+    assert summary["last"]["scores"] == scores
+    assert summary["last"]["score"] == pytest.approx(np.mean(scores))
+    assert summary["last"]["std"] == pytest.approx(np.std(scores))
+    with pytest.raises(BadInput, match="seed-"):
+        dql.load_policy(folder, device="cpu")
+
+
+def test_paths_are_chosen_by_device_and_length(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(dql.shutil, "which", lambda name: "/usr/bin/g++")
+
+    def chosen(device: torch.device, **args) -> tuple[bool, bool]:
+        args = dql.choose_path(dql.with_settings(Args(**args)), device)
+        return args.compile, args.cudagraphs
+
+    assert chosen(cpu, num_updates=100) == (False, False) and chosen(cpu, num_updates=10**6) == (True, False)
+    assert chosen(gpu, num_updates=100) == (False, False) and chosen(gpu, num_updates=10_000) == (False, True)
+    assert chosen(gpu, num_updates=10**6) == (True, True)
+    assert chosen(gpu, num_updates=10**6, compile=False, cudagraphs=False) == (False, False)
+    with pytest.raises(BadInput, match="--cudagraphs"):
+        chosen(cpu, cudagraphs=True)
+    monkeypatch.setattr(dql.shutil, "which", lambda name: None)
+    assert chosen(cpu, num_updates=10**6) == (False, False)
+    with pytest.raises(BadInput, match="compiler"):
+        chosen(cpu, compile=True)
+
+
+def test_flags_that_may_be_none_need_no_value():
+    assert dql.parse(["--compile", "--seed", "3"]).compile is True
+    assert dql.parse(["--no-compile"]).compile is False
+    assert dql.parse(["--cudagraphs", "False", "--max-q-backup"]).cudagraphs is False
+    assert dql.parse([]).compile is None
 
 
 # ----------------------------------------------------------------- bad input

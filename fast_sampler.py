@@ -1,0 +1,233 @@
+"""The fast paths of dql.py: its update and its sampler captured as CUDA graphs, for one agent or for many at once.
+
+Why a graph: the networks are small, so an update on a GPU is some thousand kernels of a few microseconds each, which
+the CPU takes longer to launch than the GPU to run. A CUDA graph records the launches once (index draw, gather, draws,
+losses, gradients, clipping, both Adams, targets and average) and replays them in one call, without an input and
+without an output that anyone waits for: losses add up on the device and are read once per log line. torch.compile,
+inside, fuses kernels; the graph, outside, takes away what launching costs; replicas fill what one agent leaves idle.
+What it costs: seconds of capture (minutes with torch.compile), memory for the graph's buffers, and fixed shapes:
+another batch size is another graph. What changes from update to update (learning rates, the coin, whether the average
+moves, the step count) must be a tensor on the device; random numbers come from generators that the graph knows.
+
+No loss and no network is defined here: `replicate` maps dql.py's own over a leading axis of replicas, and the graphs
+record dql.py's own `train_step` and `act`. The tests hold every path equal to the eager one.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import dql
+from dql import ActDraws, Batch, DiffusionQL, Draws
+
+NETWORKS = ("policy", "policy_ema", "critic", "critic_target")
+WARM_UPS = 3  # lets Adam make its state, libraries their workspaces and torch.compile its kernels before a capture
+
+
+# ----------------------------------------------------------------------------- replicas
+
+
+def stack(states: Sequence):
+    """K states of agents (nested dicts of tensors) as one whose tensors are (K, ...).
+
+    A tensor without axes (step counts, learning rates) is the same for all, and stays so.
+    """
+    first = states[0]
+    if isinstance(first, Tensor):
+        return torch.stack(list(states)) if first.dim() else first.clone()
+    if isinstance(first, dict):
+        return {key: stack([state[key] for state in states]) for key in first}
+    if isinstance(first, list):
+        return [stack(items) for items in zip(*states, strict=True)]
+    return first
+
+
+def unstack(state, k: int):
+    """The k-th of the states that were stacked, a copy."""
+    if isinstance(state, Tensor):
+        return (state[k] if state.dim() else state).clone()
+    if isinstance(state, dict):
+        return {key: unstack(value, k) for key, value in state.items()}
+    if isinstance(state, list):
+        return [unstack(value, k) for value in state]
+    return state
+
+
+class Networks(nn.Module):
+    """What a loss of DiffusionQL reads of its agent, as a module: so that functional_call can put in a replica's."""
+
+    def __init__(self, agent: DiffusionQL):
+        super().__init__()
+        self.args, self.device = agent.args, agent.device
+        for name in NETWORKS:
+            setattr(self, name, getattr(agent, name))
+
+    def forward(self, method: Callable, *inputs):
+        return method(self, *inputs)
+
+
+def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> DiffusionQL:
+    """K agents as one: parameters, optimizer state and losses have a leading axis (K, ...), and an update updates each
+    as it would alone, given the same draws.
+
+    The agents may differ in all that is learned, and in seed and eta (all 0, or none); other arguments are the first's.
+    `draw`, `draw_index` and `draw_act` take a list of K generators; batches and draws are (K, ...), states to act in
+    (K E, S), replica by replica. Raises ValueError where the agents do not fit together.
+    """
+    etas = [agent.args.eta for agent in agents]
+    if len({eta == 0 for eta in etas}) > 1:
+        raise ValueError("replicas with eta 0 (no critics) and above do not fit together")
+    if len({agent.step.item() for agent in agents}) > 1:
+        raise ValueError("replicas must have made the same number of updates")
+    K, one = len(agents), agents[0]
+    many = copy.copy(one)
+    for name in NETWORKS:
+        network = copy.deepcopy(getattr(one, name))
+        for p in network.parameters():
+            p.data = p.data.new_empty(K, *p.shape)
+        setattr(many, name, network)
+    many.policy_opt = one.adam(many.policy, one.args.learning_rate)
+    many.critic_opt = one.adam(many.critic, dql.CRITIC_LEARNING_RATE)
+    many.step = one.step.clone()
+    many.eta = torch.tensor(etas, device=one.device, dtype=torch.get_default_dtype())
+    many.load_state_dict(stack([agent.state_dict() for agent in agents]))
+
+    networks = Networks(many)
+    parameters = dict(networks.named_parameters())
+
+    def each(method: Callable) -> Callable:
+        """A method of one agent, mapped over replicas."""
+
+        def of_one(own: dict[str, Tensor], *inputs):
+            return functional_call(networks, own, (method, *inputs))
+
+        return lambda *inputs: torch.vmap(of_one)(parameters, *inputs)
+
+    def draw_act(num_states: int, generators: list[torch.Generator]) -> ActDraws:
+        return ActDraws(*map(torch.stack, zip(*(one.draw_act(num_states // K, g) for g in generators), strict=True)))
+
+    act = each(DiffusionQL.act)
+    many.critic_loss, many.policy_losses = each(DiffusionQL.critic_loss), each(DiffusionQL.policy_losses)
+    many.act = lambda states, draws: act(states.view(K, -1, states.shape[-1]), draws).flatten(0, 1)
+    many.clip_gradients = lambda network: clip_each(network, one.args.grad_norm)
+    many.draw_index = lambda rows, generators: torch.stack([one.draw_index(rows, g) for g in generators])
+    many.draw = lambda generators: Draws(*map(torch.stack, zip(*map(one.draw, generators), strict=True)))
+    many.draw_act = draw_act
+    if compile:
+        many.compile()
+    return many
+
+
+def clip_each(network: nn.Module, max_norm: float) -> Tensor:
+    """nn.utils.clip_grad_norm_ for each replica by itself; its norms before, (K,). 0 does not clip."""
+    grads = [p.grad for p in network.parameters()]
+    norm = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]).norm(dim=0)
+    if max_norm:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+        for grad in grads:
+            grad.mul_(scale.view(-1, *[1] * (grad.dim() - 1)))
+    return norm
+
+
+# ----------------------------------------------------------------------------- CUDA graphs
+
+
+class FastUpdate:
+    """Training steps without the CPU: `fast(n)` replays n of them and returns their summed losses, (7,) or (K, 7).
+
+    agent: a DiffusionQL on a GPU, or what `replicate` makes of several; its generator, or theirs. Building one compiles
+    and captures but changes nothing: parameters, optimizers, averages, step and generators are as before.
+    """
+
+    def __init__(self, agent: DiffusionQL, dataset: Batch, generator: torch.Generator | list[torch.Generator]):
+        def step() -> None:
+            losses = dql.train_step(agent, dataset, generator)
+            self.sums = losses.clone() if self.sums is None else self.sums.add_(losses)
+
+        self.sums: Tensor | None = None
+        generators = generator if isinstance(generator, list) else [generator]
+        before = snapshot(agent, generators)
+        self.graph = capture(step, generators, agent.device)
+        put_back(agent, generators, before)
+
+    def __call__(self, n: int) -> Tensor:
+        self.sums.zero_()
+        for _ in range(n):
+            self.graph.replay()
+        return self.sums.clone()
+
+
+class FastSampler:
+    """agent.act with fresh draws, captured for num_states states a replica: `sampler(states)` gives their actions.
+
+    states: (E, S), or (K E, S) of K replicas; actions (E, A) or (K E, A). It acts with the agent's parameters of the
+    time of the call.
+    """
+
+    def __init__(self, agent: DiffusionQL, num_states: int, generator: torch.Generator | list[torch.Generator]):
+        def step() -> None:
+            self.actions = dql.act_fresh(agent, self.states, generator)
+
+        generators = generator if isinstance(generator, list) else [generator]
+        replicas = len(generators) if isinstance(generator, list) else 1
+        self.states = torch.zeros(replicas * num_states, agent.state_dim, device=agent.device)
+        before = [g.get_state() for g in generators]
+        self.graph = capture(step, generators, agent.device)
+        for g, state in zip(generators, before, strict=True):
+            g.set_state(state)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        self.states.copy_(states)
+        self.graph.replay()
+        return self.actions.clone()
+
+
+def capture(step: Callable[[], None], generators: list[torch.Generator], device: torch.device):
+    """A graph of one step: `.replay()` runs it. The step is run a few times before, as capturing demands.
+
+    Where the device is no GPU there is nothing to capture: replaying runs the step itself.
+    """
+    if device.type != "cuda":
+        for _ in range(WARM_UPS):
+            step()
+        return SimpleNamespace(replay=step)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)  # or every replay would draw the same numbers
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def snapshot(agent: DiffusionQL, generators: list[torch.Generator]) -> tuple[dict, list[Tensor]]:
+    """A copy of all that a training step changes."""
+    return copy.deepcopy(agent.state_dict()), [generator.get_state() for generator in generators]
+
+
+@torch.no_grad()
+def put_back(agent: DiffusionQL, generators: list[torch.Generator], before: tuple[dict, list[Tensor]]) -> None:
+    """Undoes training steps in place, into the very tensors that a captured graph reads and writes."""
+    state, generator_states = before
+    for name in NETWORKS:
+        for key, value in getattr(agent, name).state_dict().items():
+            value.copy_(state[name][key])
+    for name in ("policy_opt", "critic_opt"):
+        optimizer = getattr(agent, name)
+        optimizer.param_groups[0]["lr"].copy_(state[name]["param_groups"][0]["lr"])
+        for k, p in enumerate(optimizer.param_groups[0]["params"]):
+            for key, value in optimizer.state[p].items():
+                saved = state[name]["state"].get(k)
+                value.copy_(saved[key]) if saved else value.zero_()
+    agent.step.copy_(state["step"])
+    for generator, generator_state in zip(generators, generator_states, strict=True):
+        generator.set_state(generator_state)
