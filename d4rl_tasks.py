@@ -21,6 +21,7 @@ import hashlib
 import http.client
 import math
 import os
+import re
 import ssl
 import stat
 import sys
@@ -28,6 +29,7 @@ import time
 import types
 import urllib.error
 import urllib.request
+import warnings
 import xml.etree.ElementTree as ET
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,7 +113,7 @@ def _tasks() -> dict[str, Task]:
 TASKS = _tasks()
 
 
-def _task(env_id: str, backend: str = "maintained") -> Task:
+def task_of(env_id: str, backend: str = "maintained") -> Task:
     """The task of that id; BadInput, with the ids that come close, if there is none, or no such backend."""
     if env_id not in TASKS:
         close = difflib.get_close_matches(env_id, TASKS, n=3) or TASKS
@@ -123,7 +125,7 @@ def _task(env_id: str, backend: str = "maintained") -> Task:
 
 def normalized_score(env_id: str, return_: Any) -> Any:
     """100 (return - random) / (expert - random), of a number or an array of returns (D4RL, section 5)."""
-    task = _task(env_id)
+    task = task_of(env_id)
     return 100.0 * (return_ - task.ref_min_score) / (task.ref_max_score - task.ref_min_score)
 
 
@@ -139,7 +141,7 @@ def load_dataset(env_id: str, path: str | os.PathLike | None = None, backend: st
     (n,), all float32 and nothing but read, and terminals (n,) bool; rows in file order.
     Raises: BadInput where the data cannot be had, read or used.
     """
-    task = _task(env_id, backend)
+    task = task_of(env_id, backend)
     path = Path(os.path.expanduser(path)) if path is not None else _data_file(env_id, task)
     if backend == "d4rl":
         return _classic_dataset(env_id, path)
@@ -202,8 +204,11 @@ def _checked(columns: dict[str, Any], task: Task, path: Path) -> dict[str, np.nd
         if not np.isfinite(values).all():
             row = np.flatnonzero(~np.isfinite(values).reshape(*rows, -1).all(axis=1))[0]
             raise BadInput(f"{path}: {name} of row {row} are not finite in float32: mend or leave out that row")
-        if name == "actions" and np.abs(values).max(initial=0) > 1.00001:  # not clipped: the scale would be wrong
-            raise BadInput(f"{path}: actions reach {np.abs(values).max():g}, D4RL's lie in [-1, 1]: rescale them")
+        largest = np.abs(values).max(initial=0) if name == "actions" else 0
+        if largest > 2:  # not clipped: the scale would be wrong
+            raise BadInput(f"{path}: actions reach {largest:g}, D4RL's lie in [-1, 1]: rescale them")
+        if largest > 1.00001:
+            warnings.warn(f"{path}: actions reach {largest:g}; the policy's end at 1", stacklevel=2)
         arrays[name] = values != 0 if flag else values
     return arrays
 
@@ -296,6 +301,8 @@ def download(env_id: str, path: Path) -> None:
                     del sources[: not resumed]  # what an old part may have spoilt is fetched again, whole
                 except NETWORK as error:
                     reasons.append(f"{sources.pop(0)}: {error}")
+                    if sources and not task.sha256:  # nothing would tell a file pieced together of two
+                        part.unlink(missing_ok=True)
             if path.exists():
                 return
     except OSError as error:  # the folder or disk
@@ -330,6 +337,10 @@ def _fetch_from(start: int, url: str, part: Path) -> None:
 
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        sent = re.match(r"bytes (\d+)-", response.headers.get("Content-Range") or "")
+        if response.status == 206 and (not sent or int(sent[1]) != start):
+            part.unlink()
+            raise ConnectionError(f"the server sent other bytes than those from {start:,} on")
         start = start if response.status == 206 else 0  # a server that knows no ranges sends it all
         total = None if response.length is None else start + response.length
         bar = tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True)
@@ -386,7 +397,7 @@ def make_env(env_id: str, backend: str = "maintained", render_mode: str | None =
     compiled model, so the hundredth costs next to nothing. backend "d4rl" is the classic stack itself.
     Raises: BadInput for an unknown id or backend, or a package that is missing or does not fit.
     """
-    task = _task(env_id, backend)
+    task = task_of(env_id, backend)
     _package("gymnasium")
     from gymnasium.wrappers import TimeLimit
 

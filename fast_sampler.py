@@ -112,7 +112,7 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
 
     act = each(DiffusionQL.act)
     many.critic_loss, many.policy_losses = each(DiffusionQL.critic_loss), each(DiffusionQL.policy_losses)
-    many.act = lambda states, draws: act(states.view(K, -1, states.shape[-1]), draws).flatten(0, 1)
+    many.act = lambda states, draws: act(states.unflatten(0, (K, -1)), draws).flatten(0, 1)
     many.clip_gradients = lambda network: clip_each(network, one.args.grad_norm)
     many.draw_index = lambda rows, generators: torch.stack([one.draw_index(rows, g) for g in generators])
     many.draw = lambda generators: Draws(*map(torch.stack, zip(*map(one.draw, generators), strict=True)))

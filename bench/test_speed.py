@@ -1,22 +1,27 @@
-"""Speed of one update and of acting, beside the official implementation where a checkout of it is given.
+"""Speed of updates, acting and evaluation, beside the official implementation where a checkout of it is given.
 
     pytest bench/
-    OMP_NUM_THREADS=1 pytest bench/ --official CHECKOUT
+    OMP_NUM_THREADS=1 pytest bench/ --official CHECKOUT --benchmark-json=FILE
 
-HalfCheetah's shapes, batch 256, N = 5, the settings of halfcheetah-medium-v2. Each group times the same work.
+HalfCheetah's shapes and settings, batch 256, N = 5, where a name says nothing else. A group holds the same work; a
+replica is one more agent updated in the same step. On a GPU the device is waited for inside the timed region.
 """
 
 import sys
-from types import SimpleNamespace
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import dql
+from fast_sampler import FastSampler, FastUpdate, replicate
 
 STATE_DIM, ACTION_DIM, ROWS = 17, 6, 100_000
-UPDATES = 5  # in one timed call
+DEVICE = dql.choose_device("auto")
+ON_GPU = DEVICE.type == "cuda"
+UPDATES = 200 if ON_GPU else 4  # in one timed call; numbers are per update
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -30,9 +35,41 @@ def arrays() -> dict[str, np.ndarray]:
     }
 
 
-def agent() -> dql.DiffusionQL:
+def build(replicas: int = 1, compiled: bool = False, **args) -> tuple[dql.DiffusionQL, object]:
+    """An agent, or several as one, and its generator, or theirs."""
+    generators = [torch.Generator(DEVICE).manual_seed(k) for k in range(replicas)]
     torch.manual_seed(0)
-    return dql.DiffusionQL(STATE_DIM, ACTION_DIM, dql.Args(env_id="halfcheetah-medium-v2"))
+    args = dql.Args(env_id="halfcheetah-medium-v2", **args)
+    agents = [dql.DiffusionQL(STATE_DIM, ACTION_DIM, args) for _ in range(replicas)]
+    if replicas > 1:
+        return replicate(agents, compiled), generators
+    if compiled:
+        agents[0].compile()
+    return agents[0], generators[0]
+
+
+def trainer(captured: bool = False, **args) -> Callable[[], torch.Tensor]:
+    """UPDATES training steps, and their losses."""
+    agent, generator = build(**args)
+    data = dql.make_batch(arrays(), "none", DEVICE)
+    if captured:
+        return partial(FastUpdate(agent, data, generator), UPDATES)
+    return lambda: sum(dql.train_step(agent, data, generator) for _ in range(UPDATES))
+
+
+def measure(benchmark, work: Callable[[], object], rounds: int = 7) -> object:
+    """Times work() until the device is done with it."""
+
+    def timed() -> object:
+        result = work()
+        if ON_GPU:
+            torch.cuda.synchronize()
+        return result
+
+    return benchmark.pedantic(timed, rounds=rounds, iterations=1, warmup_rounds=1)
+
+
+gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU")
 
 
 @pytest.fixture
@@ -43,18 +80,20 @@ def official(request: pytest.FixtureRequest):
     sys.path.insert(0, str(path))
     from agents.ql_diffusion import Diffusion_QL
 
-    device = str(dql.choose_device("auto"))
     settings = {"beta_schedule": "vp", "n_timesteps": 5, "grad_norm": 9.0}
-    return Diffusion_QL(STATE_DIM, ACTION_DIM, 1.0, device, 0.99, 0.005, **settings)
+    return Diffusion_QL(STATE_DIM, ACTION_DIM, 1.0, str(DEVICE), 0.99, 0.005, **settings)
+
+
+# ----------------------------------------------------------------------------- updates
 
 
 @pytest.mark.benchmark(group=f"{UPDATES} updates")
-def test_update_ours(benchmark) -> None:
-    ours = agent()
-    data = dql.make_batch(arrays(), "none", ours.device)
-    generator, bar = torch.Generator(ours.device).manual_seed(0), SimpleNamespace(update=lambda: None)
-    row = benchmark(lambda: dql.update_until(UPDATES, 0, ours, data, generator, bar))
-    assert np.isfinite([row[name] for name in dql.LOSS_NAMES]).all()
+@pytest.mark.parametrize(
+    "path", ["eager", "compiled", pytest.param("captured", marks=gpu), pytest.param("compiled, captured", marks=gpu)]
+)
+def test_update(benchmark, path) -> None:
+    work = trainer(compiled="compiled" in path, captured="captured" in path)
+    assert torch.isfinite(measure(benchmark, work)).all()
 
 
 @pytest.mark.benchmark(group=f"{UPDATES} updates")
@@ -62,21 +101,101 @@ def test_update_official(benchmark, official) -> None:
     from utils.data_sampler import Data_Sampler
 
     data = Data_Sampler(arrays(), official.device)
-    metric = benchmark(lambda: official.train(data, UPDATES, 256))
+    metric = measure(benchmark, lambda: official.train(data, UPDATES, 256))
     assert np.isfinite(metric["actor_loss"]).all()
 
 
-@pytest.mark.benchmark(group="act: 10 states, 50 candidates each")
-def test_act_ours(benchmark) -> None:
-    ours = agent()
-    generator, states = torch.Generator(ours.device).manual_seed(0), torch.randn(10, STATE_DIM, device=ours.device)
-    actions = benchmark(lambda: ours.act(states, ours.draw_act(10, generator)).cpu())
-    assert actions.shape == (10, ACTION_DIM)
+@pytest.mark.benchmark(group=f"{UPDATES} updates of each replica")
+@pytest.mark.parametrize("replicas", [1, 4, *(pytest.param(k, marks=gpu) for k in (5, 16, 64))])
+def test_update_replicas(benchmark, replicas) -> None:
+    work = trainer(replicas=replicas, compiled=True, captured=ON_GPU)
+    assert torch.isfinite(measure(benchmark, work)).all()
 
 
-@pytest.mark.benchmark(group="act: 10 states, 50 candidates each")
-def test_act_official(benchmark, official) -> None:
+@pytest.mark.benchmark(group=f"{UPDATES} updates: N")
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 10, 20, 50])
+def test_update_of_n_steps(benchmark, num_steps) -> None:
+    assert torch.isfinite(measure(benchmark, trainer(num_steps=num_steps, captured=ON_GPU), rounds=3)).all()
+
+
+@pytest.mark.benchmark(group=f"{UPDATES} updates: batch size")
+@pytest.mark.parametrize("batch_size", [64, 256, 1024, 4096])
+def test_update_of_batch_size(benchmark, batch_size) -> None:
+    assert torch.isfinite(measure(benchmark, trainer(batch_size=batch_size, captured=ON_GPU), rounds=3)).all()
+
+
+# ----------------------------------------------------------------------------- acting, evaluation
+
+
+def actor(states: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    agent, generator = build(compiled=True)
+    return FastSampler(agent, states, generator) if ON_GPU else lambda x: dql.act_fresh(agent, x, generator)
+
+
+@pytest.mark.benchmark(group="act: states, 50 candidates each")
+@pytest.mark.parametrize("states", [1, 10, 50])
+def test_act(benchmark, states) -> None:
+    act, x = actor(states), torch.randn(states, STATE_DIM, device=DEVICE)
+    assert measure(benchmark, lambda: act(x).cpu(), rounds=20).shape == (states, ACTION_DIM)
+
+
+@pytest.mark.benchmark(group="act: states, 50 candidates each")
+@pytest.mark.parametrize("states", [1, 10])
+def test_act_official(benchmark, official, states) -> None:
     """It takes one state a call."""
-    states = np.random.default_rng(0).standard_normal((10, STATE_DIM))
-    actions = benchmark(lambda: [official.sample_action(state) for state in states])
-    assert np.shape(actions) == (10, ACTION_DIM)
+    x = np.random.default_rng(0).standard_normal((states, STATE_DIM))
+    actions = measure(benchmark, lambda: [official.sample_action(state) for state in x], rounds=20)
+    assert np.shape(actions) == (states, ACTION_DIM)
+
+
+def short_episodes() -> list:
+    """Ten HalfCheetahs that stop after 20 of the 1,000 time steps."""
+    gymnasium = pytest.importorskip("gymnasium")
+    pytest.importorskip("mujoco")
+    return [gymnasium.wrappers.TimeLimit(env, 20) for env in dql.make_envs("halfcheetah-medium-v2", 10)]
+
+
+@pytest.mark.benchmark(group="evaluation: 20 time steps of 10 episodes")
+def test_evaluation(benchmark) -> None:
+    envs, act = short_episodes(), actor(10)
+    assert np.isfinite(measure(benchmark, lambda: dql.evaluate(act, envs, list(range(10)), DEVICE))).all()
+
+
+@pytest.mark.benchmark(group="evaluation: 20 time steps of 10 episodes")
+def test_evaluation_official(benchmark, official) -> None:
+    """Its own loop: episode after episode, one state a call."""
+    envs = short_episodes()
+
+    def evaluate() -> list[float]:
+        returns = []
+        for k, env in enumerate(envs):
+            (state, _), done, total = env.reset(seed=k), False, 0.0
+            while not done:
+                state, reward, terminated, truncated, _ = env.step(official.sample_action(np.array(state)))
+                done, total = terminated or truncated, total + reward
+            returns.append(total)
+        return returns
+
+    assert np.isfinite(measure(benchmark, evaluate, rounds=3)).all()
+
+
+# ----------------------------------------------------------------------------- what an update is made of
+
+
+def test_work_of_one_update(capsys) -> None:
+    """Floating-point operations and bytes of an update: what a device's peak rates let it cost at the least."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    agent, generator = build()
+    data = dql.make_batch(arrays(), "none", DEVICE)
+    dql.train_step(agent, data, generator)
+    with FlopCounterMode(display=False) as count:
+        dql.train_step(agent, data, generator)
+    with torch.profiler.profile() as profile:
+        dql.train_step(agent, data, generator)
+    calls = sum(event.count for event in profile.key_averages() if event.key.startswith(("aten::", "MishFunction")))
+    parameters = sum(p.numel() for name in ("policy", "critic") for p in getattr(agent, name).parameters())
+    flop = count.get_total_flops()
+    with capsys.disabled():
+        print(f"\none update: {flop / 1e9:.2f} GFLOP in products, {parameters:,} parameters, {calls:,} eager calls")
+    assert 2.2e9 < flop < 2.6e9

@@ -1,0 +1,55 @@
+"""Draws cost against N, batch size and replicas from what `pytest bench/ --benchmark-json=FILE` wrote.
+
+    python bench/plot_speed.py FILE... --out bench/results/speed.png
+
+Each file is one line in each panel, named by its device: milliseconds of one update, median of the rounds.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from matplotlib.figure import Figure
+
+PANELS = {
+    "test_update_of_n_steps": "N, denoising steps",
+    "test_update_of_batch_size": "batch size",
+    "test_update_replicas": "replicas, updated at once",
+}
+
+
+@dataclass
+class Args:
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """JSON files of pytest-benchmark"""
+    out: Path = Path("bench/results/speed.png")
+    """the picture to write"""
+
+
+def points(file: dict, test: str) -> list[tuple[int, float]]:
+    """(parameter, milliseconds of one update) of a test's runs."""
+    found = []
+    for run in file["benchmarks"]:
+        name, _, parameter = run["name"].partition("[")
+        if name == test:
+            updates = int(re.match(r"\d+", run["group"])[0])
+            found.append((int(parameter.rstrip("]")), 1000 * run["stats"]["median"] / updates))
+    return sorted(found)
+
+
+def main(args: Args) -> None:
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, (test, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for path in args.files:
+            file = json.loads(path.read_text())
+            axes.plot(*zip(*points(file, test), strict=True), marker="o", label=path.stem)
+        axes.set(xlabel=label, ylabel="ms an update", xscale="log", yscale="log")
+        axes.legend()
+    figure.savefig(args.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__.split("\n")[0]))
