@@ -33,21 +33,19 @@ default is what the official code effectively does (but for 2), since the publis
 """
 
 import copy
-import csv
 import importlib.metadata
 import importlib.util
 import io
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import redirect_stderr
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -59,6 +57,7 @@ import tyro
 from torch import Tensor, nn
 
 from d4rl_tasks import TASKS, BadInput, load_dataset, make_env, make_envs, normalized_score, task_of
+from run_folder import LOSS_NAMES, log, open_logs, read_checkpoint, reason, save, seed_folders, start_folder, summarize
 
 
 @dataclass
@@ -563,11 +562,6 @@ def choose_device(name: str) -> torch.device:
         raise BadInput(f"--device {name} cannot be used: {reason(error)}") from None
 
 
-def reason(error: Exception) -> str:
-    """Its message's first line, or its kind where it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -> Batch:
     """The whole data set on the device, its rewards transformed: "none", "standardize" or "antmaze"."""
     names = ("observations", "actions", "rewards", "next_observations", "terminals")
@@ -601,29 +595,6 @@ def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: list[int], devi
     return returns
 
 
-def select(rows: list[dict], args: Args) -> dict[str, dict]:
-    """The evaluation that is last, best ("online selection"), and of rank-th lowest denoising loss since the one before
-    ("offline selection": it needs no environment)."""
-    evaluations, losses, weights, start = [], [], [], 0
-    for row in rows:
-        weights.append(row["step"] - start)
-        losses.append(row["bc_loss"])
-        start = row["step"]
-        if row["score"] != "":
-            evaluations.append(row | {"bc_loss": np.average(losses, weights=weights)})
-            losses, weights = [], []
-    by_loss = sorted(evaluations, key=lambda row: row["bc_loss"])
-    chosen = {
-        "last": evaluations[-1],
-        "best": max(evaluations, key=lambda row: row["score"]),
-        "offline": by_loss[min(args.offline_rank, len(by_loss) - 1)],
-    }
-    return {
-        name: {"score": row["score"], "std": row["score_std"], "episodes": args.eval_episodes, "step": row["step"]}
-        for name, row in chosen.items()
-    }
-
-
 def load_policy(run_folder: str | Path, seed: int = 0, device: str = "auto") -> Callable:
     """The trained policy of a run: states (S,) or (E, S), numpy or torch, in; actions of the same kind out."""
     args = replace(read_args(Path(run_folder)), device=device, compile=False)
@@ -643,114 +614,6 @@ def load_policy(run_folder: str | Path, seed: int = 0, device: str = "auto") -> 
     return policy
 
 
-# ----------------------------------------------------------------------------- the run's folder
-
-LOSS_NAMES = ("critic_loss", "bc_loss", "q_loss", "policy_loss", "target_q", "critic_grad_norm", "policy_grad_norm")
-METRICS = ("step", *LOSS_NAMES, "score", "score_std", "updates_per_second", "seconds")
-
-
-def start_folder(args: Args) -> Path:
-    """Makes the run's folder and writes args.json. Raises BadInput where that cannot be."""
-    last = f"-{args.seed + args.num_seeds - 1}" if args.num_seeds > 1 else ""
-    name = f"{args.env_id}__dql__{args.seed}{last}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, again = args.runs_dir / name, 0
-    try:
-        while folder.exists():
-            again += 1
-            folder = args.runs_dir / f"{name}-{again}"
-        folder.mkdir(parents=True)
-        write_args(folder, args)
-        for k, path in enumerate(seed_folders(args, folder) if args.num_seeds > 1 else []):
-            path.mkdir()
-            write_args(path, replace(args, seed=args.seed + k, num_seeds=1))
-    except OSError as error:
-        raise BadInput(f"cannot write the run's folder {folder}: {error.strerror}; choose a --runs-dir") from None
-    return folder
-
-
-def write_args(folder: Path, args: Args) -> None:
-    write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2, default=str)))
-
-
-def read_args(folder: Path) -> Args:
-    """The arguments of the run in a folder. Raises BadInput."""
-    try:
-        saved = json.loads((folder / "args.json").read_text())
-        paths = [f.name for f in fields(Args) if f.type in (Path, Path | None)]
-        return with_settings(Args(**saved | {k: Path(saved[k]) for k in paths if saved[k] is not None}))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"{folder} is not the folder of a run: {error}") from None
-
-
-def read_checkpoint(folder: Path, device: torch.device) -> dict:
-    """{"agents", "generators", "history", "device"} of a run's last checkpoint, of each seed. Raises BadInput."""
-    try:
-        return torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        raise BadInput(f"{folder / 'checkpoint.pt'} cannot be read as a checkpoint: {reason(error)}") from None
-
-
-def resumed_args(given: Args) -> Args:
-    """The arguments of the run to resume. Raises BadInput where a given flag differs from the run's."""
-    saved, default = read_args(given.resume), Args()
-    free = ("resume", "runs_dir", "device", "track", "capture_video")
-    differ = [
-        f"--{f.name.replace('_', '-')} {getattr(given, f.name)} (the run's: {getattr(saved, f.name)})"
-        for f in fields(Args)
-        if f.name not in free and getattr(given, f.name) not in (getattr(default, f.name), getattr(saved, f.name))
-    ]
-    if differ:
-        raise BadInput(f"a resumed run keeps its arguments; leave out {', '.join(differ)}")
-    return replace(saved, **{name: getattr(given, name) for name in free})
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls write with a path beside, then renames it: no reader and no crash ever finds the file half written."""
-    beside = path.with_name(f".part-{path.name}")
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_metrics(path: Path, rows: list[dict]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, METRICS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_curve(path: Path, rows: list[dict], args: Args) -> None:
-    """Score (band: one standard deviation over episodes) and losses over updates."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    step, score, std = np.array([(r["step"], r["score"], r["score_std"]) for r in rows if r["score"] != ""]).T
-    left.plot(step, score, marker=".", label=f"{args.eval_episodes} episodes")
-    left.fill_between(step, score - std, score + std, alpha=0.2)
-    paper = SETTINGS[args.env_id].paper
-    if paper:
-        left.axhline(paper[0], color="gray", linestyle="--", label=f"paper: {paper[0]}")
-    left.set(xlabel="updates", ylabel="normalized score", title=f"{args.env_id}, seed {args.seed}")
-    left.legend()
-    for name in ("critic_loss", "bc_loss", "q_loss"):
-        right.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
-    right.set(xlabel="updates", yscale="symlog", title="losses")
-    right.legend()
-    figure.savefig(path)
-
-
-def versions() -> dict[str, str | int]:
-    """Of what a score depends on."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
-    for package in ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "gym", "d4rl", "free-mujoco-py"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
 # ----------------------------------------------------------------------------- the run
 
 
@@ -759,7 +622,7 @@ def train(args: Args) -> dict:
     from tqdm import tqdm
 
     args = with_settings(resumed_args(args) if args.resume else args)
-    device = choose_device(args.device)
+    device, paper = choose_device(args.device), SETTINGS[args.env_id].paper
     args = choose_path(args, device)
     dataset = make_batch(load_dataset(args.env_id, args.dataset_path, args.env_backend), args.reward, device)
     seeds = range(args.seed, args.seed + args.num_seeds)
@@ -802,10 +665,10 @@ def train(args: Args) -> dict:
                 before.append(row)
             log(args, folder, history, writers)
             if evaluated:
-                save(args, folder, unstacked(agent, args), generators, history)
+                save(args, folder, unstacked(agent, args), generators, history, paper)
     for writer in writers:
         writer.close()
-    summary = summarize(args, folder, history, device)
+    summary = summarize(args, folder, history, device, paper)
     if video_env:
         from gymnasium.wrappers import RecordVideo
 
@@ -813,6 +676,30 @@ def train(args: Args) -> dict:
         with RecordVideo(video_env, str(folder), name_prefix="video", disable_logger=True) as env:
             evaluate(lambda states: policy(states), [env], [args.seed + 100], device)
     return summary
+
+
+def read_args(folder: Path) -> Args:
+    """The arguments of the run in a folder. Raises BadInput."""
+    try:
+        saved = json.loads((folder / "args.json").read_text())
+        paths = [f.name for f in fields(Args) if f.type in (Path, Path | None)]
+        return with_settings(Args(**saved | {k: Path(saved[k]) for k in paths if saved[k] is not None}))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"{folder} is not the folder of a run: {error}") from None
+
+
+def resumed_args(given: Args) -> Args:
+    """The arguments of the run to resume. Raises BadInput where a given flag differs from the run's."""
+    saved, default = read_args(given.resume), Args()
+    free = ("resume", "runs_dir", "device", "track", "capture_video")
+    differ = [
+        f"--{f.name.replace('_', '-')} {getattr(given, f.name)} (the run's: {getattr(saved, f.name)})"
+        for f in fields(Args)
+        if f.name not in free and getattr(given, f.name) not in (getattr(default, f.name), getattr(saved, f.name))
+    ]
+    if differ:
+        raise BadInput(f"a resumed run keeps its arguments; leave out {', '.join(differ)}")
+    return replace(saved, **{name: getattr(given, name) for name in free})
 
 
 def choose_path(args: Args, device: torch.device) -> Args:
@@ -882,47 +769,6 @@ def update_until(stop: int, step: int, updates: Callable[[int], Tensor], bar) ->
     return [{"step": stop, **dict(zip(LOSS_NAMES, mean, strict=True)), **rest} for mean in means]
 
 
-def seed_folders(args: Args, folder: Path) -> list[Path]:
-    """Of each seed: the run's folder itself, or a folder within where there are several."""
-    if args.num_seeds == 1:
-        return [folder]
-    return [folder / f"seed-{seed}" for seed in range(args.seed, args.seed + args.num_seeds)]
-
-
-def open_logs(args: Args, folder: Path, step: int) -> list:
-    """A TensorBoard writer for each seed, and Weights & Biases."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    if args.track:
-        import wandb
-
-        wandb.init(project="dql", name=folder.name, config=asdict(args), sync_tensorboard=True)
-    return [SummaryWriter(path, purge_step=step + 1 if step else None) for path in seed_folders(args, folder)]
-
-
-def log(args: Args, folder: Path, history: list[list[dict]], writers: list) -> None:
-    """The newest row of each seed, to TensorBoard and metrics.csv."""
-    for path, rows, writer in zip(seed_folders(args, folder), history, writers, strict=True):
-        for name in METRICS[1:]:
-            if rows[-1][name] != "":
-                kind = "losses" if name in LOSS_NAMES else "charts"
-                writer.add_scalar(f"{kind}/{name}", rows[-1][name], rows[-1]["step"])
-        write_whole(path / "metrics.csv", lambda path, rows=rows: write_metrics(path, rows))
-
-
-def save(args: Args, folder: Path, agents: list[dict], generators: list, history: list[list[dict]]) -> None:
-    """The checkpoint of all seeds, from which a run goes on; then of each, for itself, and its curve."""
-    states, kind = [generator.get_state() for generator in generators], generators[0].device.type
-    whole = {"agents": agents, "generators": states, "history": history, "device": kind}
-    write_whole(folder / "checkpoint.pt", lambda path: torch.save(whole, path))
-    for k, path in enumerate(seed_folders(args, folder)):
-        if args.num_seeds > 1:
-            one = {name: whole[name][k : k + 1] for name in ("agents", "generators", "history")} | {"device": kind}
-            write_whole(path / "checkpoint.pt", lambda path, one=one: torch.save(one, path))
-        one_args = replace(args, seed=args.seed + k)
-        write_whole(path / "curve.png", lambda path, k=k, a=one_args: write_curve(path, history[k], a))
-
-
 def unstacked(agent: DiffusionQL, args: Args) -> list[dict]:
     """The state of each seed's agent."""
     if args.num_seeds == 1:
@@ -938,9 +784,12 @@ def restore(folder: Path, agents: list[DiffusionQL], generators: list[torch.Gene
     checkpoint = read_checkpoint(folder, device)
     if checkpoint["device"] != device.type:
         raise BadInput(f"{folder} ran on {checkpoint['device']}, which alone can go on exactly: give that --device")
-    for k, (agent, generator) in enumerate(zip(agents, generators, strict=True)):
-        agent.load_state_dict(checkpoint["agents"][k])
-        generator.set_state(checkpoint["generators"][k].cpu())
+    try:
+        for k, (agent, generator) in enumerate(zip(agents, generators, strict=True)):
+            agent.load_state_dict(checkpoint["agents"][k])
+            generator.set_state(checkpoint["generators"][k].cpu())
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"{folder / 'checkpoint.pt'} is not of the run of its args.json: {reason(error)}") from None
     return checkpoint["history"]
 
 
@@ -955,31 +804,6 @@ def rendering_env(args: Args):
         return env
     except Exception as error:  # every OpenGL backend fails in its own way
         raise BadInput(f"--capture-video cannot render here ({reason(error)}): try MUJOCO_GL=egl or =osmesa") from None
-
-
-def summarize(args: Args, folder: Path, history: list[list[dict]], device: torch.device) -> dict:
-    """Writes each seed's summary.json and, of several, the mean and spread; returns the run's."""
-    common = {
-        "env_id": args.env_id,
-        "num_updates": history[0][-1]["step"],
-        "paper": SETTINGS[args.env_id].paper,
-        "updates_per_second": history[0][-1]["step"] / history[0][-1]["seconds"],
-        "seconds": history[0][-1]["seconds"],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": versions(),
-    }
-    summaries = []
-    for k, (path, rows) in enumerate(zip(seed_folders(args, folder), history, strict=True)):
-        summaries.append(common | {"seed": args.seed + k, **select(rows, args), "folder": str(path)})
-        write_whole(path / "summary.json", lambda path, k=k: path.write_text(json.dumps(summaries[k], indent=2) + "\n"))
-    if args.num_seeds == 1:
-        return summaries[0]
-    summary = common | {"seed": args.seed, "num_seeds": args.num_seeds, "folder": str(folder)}
-    for name in ("last", "best", "offline"):
-        scores = [one[name]["score"] for one in summaries]
-        summary[name] = {"score": float(np.mean(scores)), "std": float(np.std(scores)), "scores": scores}
-    write_whole(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
-    return summary
 
 
 def parse(argv: list[str]) -> Args:
@@ -1021,4 +845,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.modules["dql"] = sys.modules[__name__]  # fast_sampler.py imports this file by its name
     main()

@@ -30,6 +30,7 @@ import torch
 import d4rl_tasks
 import dql
 import fast_sampler
+import run_folder
 from d4rl_tasks import TASKS, BadInput, load_dataset, make_env, make_envs, normalized_score
 from dql import ActDraws, Args, Batch, DiffusionPolicy, DiffusionQL, Draws, beta_schedule
 from fast_sampler import FastSampler, FastUpdate, replicate, unstack
@@ -39,6 +40,11 @@ torch.set_num_threads(1)  # the networks are small: threads would wait for each 
 HERE = Path(__file__).parent
 REFERENCE = HERE / "reference"
 OFFICIAL = json.loads((REFERENCE / "official_update.json").read_text())
+mujoco_wanted = pytest.mark.skipif(
+    not all(map(d4rl_tasks.find_spec, ("gymnasium", "gymnasium_robotics", "mujoco"))), reason="no simulator installed"
+)
+RUN_PACKAGES = ("gymnasium", "gymnasium_robotics", "mujoco", "h5py", "tqdm", "tensorboard", "matplotlib")
+run_wanted = pytest.mark.skipif(not all(map(d4rl_tasks.find_spec, RUN_PACKAGES)), reason="no packages for whole runs")
 
 
 @pytest.fixture
@@ -420,6 +426,7 @@ def metrics(folder: Path) -> list[dict]:
         return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
 
 
+@run_wanted
 def test_a_run_writes_its_folder(tmp_path):
     summary = dql.train(tiny_args(tmp_path))
     folder = Path(summary["folder"])
@@ -437,6 +444,7 @@ def test_a_run_writes_its_folder(tmp_path):
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
+@run_wanted
 @pytest.mark.parametrize("env_id", dql.SETTINGS)
 def test_every_task_runs_end_to_end(env_id, tmp_path, monkeypatch, capsys):
     """The command line, on a tiny file: the task's own settings, whole episodes, a score for the best and the last."""
@@ -454,6 +462,20 @@ def test_every_task_runs_end_to_end(env_id, tmp_path, monkeypatch, capsys):
         assert [env.get_wrapper_attr("_elapsed_steps") for env in envs] == 2 * [TASKS[env_id].max_episode_steps]
 
 
+@run_wanted
+def test_a_run_can_end_with_a_video(tmp_path, monkeypatch):
+    """One whole episode in a file of its own; skipped where no OpenGL can draw."""
+    try:
+        make_env("hopper-medium-v2", render_mode="rgb_array").render()
+    except Exception as error:  # every OpenGL backend fails in its own way
+        pytest.skip(f"no rendering here: {error}")
+    pytest.importorskip("moviepy")
+    folder = Path(dql.train(tiny_args(tmp_path, num_updates=2, capture_video=True))["folder"])
+    (video,) = folder.glob("*.mp4")
+    assert video.stat().st_size > 1000
+
+
+@run_wanted
 def test_same_seed_same_metrics_and_other_seed_other(tmp_path):
     runs = [metrics(Path(dql.train(tiny_args(tmp_path, seed=seed))["folder"])) for seed in (3, 3, 4)]
     assert runs[0] == runs[1]
@@ -476,6 +498,7 @@ def stopped_after(step: int, args: Args) -> Path:
     return folder
 
 
+@run_wanted
 @pytest.mark.parametrize("num_seeds", [1, 2])
 def test_resume_is_exact(num_seeds, tmp_path):
     """Stopped after its first checkpoint and resumed: the weights and metrics of a run that was not stopped."""
@@ -494,6 +517,7 @@ def test_resume_is_exact(num_seeds, tmp_path):
         dql.train(Args(resume=stopped, eta=7.0))
 
 
+@run_wanted
 def test_resume_stays_on_its_device(tmp_path):
     folder = Path(dql.train(tiny_args(tmp_path, num_updates=2))["folder"])
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -502,6 +526,7 @@ def test_resume_stays_on_its_device(tmp_path):
         dql.train(Args(resume=folder, device="cpu"))
 
 
+@run_wanted
 def test_load_policy(tmp_path):
     """Numpy in, numpy out; torch in, torch out; one state or many; the same seed acts the same."""
     folder = dql.train(tiny_args(tmp_path, num_updates=2))["folder"]
@@ -524,7 +549,7 @@ def test_offline_selection_takes_the_ranked_evaluation():
         {"step": 40, "bc_loss": 4.0, "score": 3.0, "score_std": 0.0},  # 3.6
     ]
     for rank, want in ((0, 2.0), (1, 3.0), (2, 1.0), (7, 1.0)):
-        chosen = dql.select(rows, dql.with_settings(Args(offline_rank=rank)))
+        chosen = run_folder.select(rows, dql.with_settings(Args(offline_rank=rank)))
         assert chosen["offline"]["score"] == want and chosen["best"]["score"] == chosen["last"]["score"] == 3.0
 
 
@@ -750,6 +775,7 @@ def test_replays_draw_fresh_numbers(device):
     assert len(torch.unique(draws[:, 0])) > 990
 
 
+@run_wanted
 def test_several_seeds_are_the_single_runs(tmp_path):
     """--num-seeds: each folder holds the run of that seed alone, to float32's rounding; the summary mean and spread."""
     args = tiny_args(tmp_path, num_seeds=2, seed=5, num_updates=12, eval_every=6)
@@ -835,6 +861,7 @@ def test_bad_flags_get_one_line(argv, says, capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@run_wanted
 def test_unwritable_run_folder_gets_one_line(capsys, tmp_path):
     """A file where the folder should be: true for any user, root too."""
     (tmp_path / "taken").write_text("")
@@ -843,12 +870,21 @@ def test_unwritable_run_folder_gets_one_line(capsys, tmp_path):
     assert "--runs-dir" in fails(capsys, *argv, "--eval-episodes", "1")
 
 
+@run_wanted
 def test_damaged_checkpoint_gets_one_line(capsys, tmp_path):
     folder = Path(dql.train(tiny_args(tmp_path, num_updates=2))["folder"])
     whole = (folder / "checkpoint.pt").read_bytes()
-    (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     capsys.readouterr()
+    (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     assert "cannot be read as a checkpoint" in fails(capsys, "--resume", str(folder))
+    torch.save({"agents": []}, folder / "checkpoint.pt")
+    assert "cannot be read as a checkpoint" in fails(capsys, "--resume", str(folder))
+    other = Path(dql.train(tiny_args(tmp_path, num_updates=2, num_steps=3))["folder"])
+    checkpoint = torch.load(other / "checkpoint.pt", weights_only=True)
+    del checkpoint["agents"][0]["policy"]["output.bias"]
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    capsys.readouterr()
+    assert "is not of the run of its args.json" in fails(capsys, "--resume", str(folder))
 
 
 def test_errors_reach_the_shell_without_a_traceback(tmp_path):
@@ -1243,10 +1279,6 @@ print(time.monotonic() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_max
 
 
 # ----------------------------------------------------------------------------------------- d4rl_tasks: the environments
-
-mujoco_wanted = pytest.mark.skipif(
-    not all(map(d4rl_tasks.find_spec, ("gymnasium", "gymnasium_robotics", "mujoco"))), reason="no simulator installed"
-)
 
 
 def classic_steps(file):
