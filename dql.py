@@ -159,7 +159,7 @@ def _locomotion(grad_norm: float, offline_rank: int, paper: tuple[float, float])
 
 
 SETTINGS = {
-    "halfcheetah-demo-v0": Settings(1.0, False, 9.0, 3e-4, 16_000, "none", 0, None, eval_every=8_000, eval_episodes=10),
+    "halfcheetah-demo-v0": Settings(1.0, False, 9.0, 3e-4, 17_000, "none", 0, None, eval_every=8_500, eval_episodes=10),
     "halfcheetah-medium-v2": _locomotion(9.0, 1, (51.1, 0.5)),
     "hopper-medium-v2": _locomotion(9.0, 2, (90.5, 4.6)),
     "walker2d-medium-v2": _locomotion(1.0, 1, (87.0, 0.9)),
