@@ -40,8 +40,10 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -74,7 +76,7 @@ class Args:
     seed: int = 0
     """seed of weights, batches and noise; evaluation episode k resets with seed + 100 + k"""
     num_seeds: int = 1
-    """agents trained at once, of seeds seed, seed + 1, ..., each as it would be alone"""
+    """agents trained at once, of seeds seed, seed + 1, ..., each as it would be alone up to rounding"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto is cuda where there is one"""
     compile: bool | None = None
@@ -159,7 +161,7 @@ def _locomotion(grad_norm: float, offline_rank: int, paper: tuple[float, float])
 
 
 SETTINGS = {
-    "halfcheetah-demo-v0": Settings(1.0, False, 9.0, 3e-4, 17_000, "none", 0, None, eval_every=8_500, eval_episodes=10),
+    "halfcheetah-demo-v0": Settings(1.0, False, 9.0, 3e-4, 16_000, "none", 0, None, eval_every=8_000, eval_episodes=10),
     "halfcheetah-medium-v2": _locomotion(9.0, 1, (51.1, 0.5)),
     "hopper-medium-v2": _locomotion(9.0, 2, (90.5, 4.6)),
     "walker2d-medium-v2": _locomotion(1.0, 1, (87.0, 0.9)),
@@ -337,7 +339,9 @@ class DiffusionPolicy(nn.Module):
         scale = self.forward_scale.to(action.dtype)[step]
         noisy_action = scale[:, :1] * action + scale[:, 1:] * noise
         of_state, of_time = self.first_layer(state)
-        return F.mse_loss(self.predict_noise(noisy_action, of_state + of_time[step]), noise)
+        # a product, not of_time[step], whose gradient sums in no fixed order on a GPU
+        of_step = F.one_hot(step, len(of_time)).to(of_time.dtype) @ of_time
+        return F.mse_loss(self.predict_noise(noisy_action, of_state + of_step), noise)
 
 
 class TwinQ(nn.Module):
@@ -463,7 +467,9 @@ class DiffusionQL:
         bc = self.policy.bc_loss(batch.action, batch.state, draws.bc_step, draws.bc_noise)
         if self.args.eta == 0:
             return bc, torch.zeros_like(bc)
-        q1, q2 = self.critic(batch.state, self.policy.sample(batch.state, draws.policy_noise))
+        action = self.policy.sample(batch.state, draws.policy_noise)
+        frozen = {name: p.detach() for name, p in self.critic.named_parameters()}  # no gradient goes to the critics
+        q1, q2 = torch.func.functional_call(self.critic, frozen, (batch.state, action))
         heads = draws.coin > 0.5
         q = torch.where(heads, -q1.mean() / q2.detach().abs().mean(), -q2.mean() / q1.detach().abs().mean())
         return bc, q
@@ -495,7 +501,7 @@ class DiffusionQL:
         bc, q = self.policy_losses(batch, draws)
         loss = bc + self.eta * q
         self.policy_opt.zero_grad()
-        loss.sum().backward(inputs=list(self.policy.parameters()))
+        loss.sum().backward()
         grad_norm = self.clip_gradients(self.policy)
         self.policy_opt.step()
         return bc.detach(), q.detach(), loss.detach(), grad_norm
@@ -547,9 +553,24 @@ class DiffusionQL:
         return {**parts, "step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
+        """Into the tensors that are there, which a captured graph reads and writes."""
         for name in AGENT_PARTS:
-            getattr(self, name).load_state_dict(state[name])
+            part = getattr(self, name)
+            if isinstance(part, torch.optim.Adam) and part.state:
+                load_moments(part, state[name])
+            else:
+                part.load_state_dict(state[name])
         self.step.copy_(state["step"])
+
+
+@torch.no_grad()
+def load_moments(optimizer: torch.optim.Adam, saved: dict) -> None:
+    """Adam.load_state_dict puts other tensors into the optimizer; this copies. State that saved lacks becomes 0."""
+    (group,) = optimizer.param_groups
+    group["lr"].copy_(saved["param_groups"][0]["lr"])
+    for k, p in enumerate(group["params"]):
+        for name, value in optimizer.state[p].items():
+            value.copy_(saved["state"][k][name]) if saved["state"] else value.zero_()
 
 
 def choose_device(name: str) -> torch.device:
@@ -602,8 +623,9 @@ def load_policy(run_folder: str | Path, seed: int = 0, device: str = "auto") -> 
         raise BadInput(f"{run_folder} holds {args.num_seeds} policies: give one of its folders seed-*")
     task = TASKS[args.env_id]
     agent = DiffusionQL(task.state_dim, task.action_dim, args)
-    agent.load_state_dict(read_checkpoint(Path(run_folder), agent.device)["agents"][0])
-    generator = torch.Generator(agent.device).manual_seed(seed)
+    generator = torch.Generator(agent.device)
+    restore(read_checkpoint(Path(run_folder), agent.device), Path(run_folder), [agent], [generator])
+    generator.manual_seed(seed)
 
     def policy(states):
         x = torch.as_tensor(states, dtype=torch.float32, device=agent.device)
@@ -623,6 +645,9 @@ def train(args: Args) -> dict:
 
     args = with_settings(resumed_args(args) if args.resume else args)
     device, paper = choose_device(args.device), SETTINGS[args.env_id].paper
+    checkpoint = read_checkpoint(args.resume, device) if args.resume else None
+    if checkpoint and checkpoint["device"] != device.type:
+        raise BadInput(f"{args.resume} ran on {checkpoint['device']}, and goes on exactly there alone: see --device")
     args = choose_path(args, device)
     dataset = make_batch(load_dataset(args.env_id, args.dataset_path, args.env_backend), args.reward, device)
     seeds = range(args.seed, args.seed + args.num_seeds)
@@ -637,8 +662,8 @@ def train(args: Args) -> dict:
     eval_generators = [torch.Generator(device) for _ in seeds]
     history: list[list[dict]] = [[] for _ in seeds]  # of each seed, the rows of metrics.csv
     folder = args.resume or start_folder(args)
-    if args.resume:
-        history = restore(folder, agents, generators)
+    if checkpoint:
+        history = restore(checkpoint, folder, agents, generators)
     agent, updates, act = make_steps(args, agents, dataset, generators, eval_generators)
     step = history[0][-1]["step"] if history[0] else 0
     path = f"{'compiled' if args.compile else 'eager'}{' and captured' * args.cudagraphs}"
@@ -674,7 +699,7 @@ def train(args: Args) -> dict:
 
         policy = load_policy(seed_folders(args, folder)[0], args.seed, args.device)
         with RecordVideo(video_env, str(folder), name_prefix="video", disable_logger=True) as env:
-            evaluate(lambda states: policy(states), [env], [args.seed + 100], device)
+            evaluate(policy, [env], [args.seed + 100], device)
     return summary
 
 
@@ -691,31 +716,47 @@ def read_args(folder: Path) -> Args:
 def resumed_args(given: Args) -> Args:
     """The arguments of the run to resume. Raises BadInput where a given flag differs from the run's."""
     saved, default = read_args(given.resume), Args()
+    if (given.resume.parent / "checkpoint.pt").exists():
+        raise BadInput(f"{given.resume} is a part of the run {given.resume.parent}: resume that")
     free = ("resume", "runs_dir", "device", "track", "capture_video")
+    path = {name: getattr(given, name) for name in ("compile", "cudagraphs") if getattr(given, name) is not None}
     differ = [
-        f"--{f.name.replace('_', '-')} {getattr(given, f.name)} (the run's: {getattr(saved, f.name)})"
+        f"--{f.name.replace('_', '-')} {value} (the run's: {getattr(saved, f.name)})"
         for f in fields(Args)
-        if f.name not in free and getattr(given, f.name) not in (getattr(default, f.name), getattr(saved, f.name))
+        if f.name not in (*free, *path)
+        and (value := getattr(given, f.name)) not in (getattr(default, f.name), getattr(saved, f.name))
     ]
     if differ:
         raise BadInput(f"a resumed run keeps its arguments; leave out {', '.join(differ)}")
-    return replace(saved, **{name: getattr(given, name) for name in free})
+    return replace(saved, **{name: getattr(given, name) for name in free}, **path)
 
 
 def choose_path(args: Args, device: torch.device) -> Args:
     """args with --compile and --cudagraphs chosen, where they were not, by device and length. Raises BadInput."""
-    on_gpu, updates = device.type == "cuda", args.num_updates * args.num_seeds
+    on_gpu = device.type == "cuda"
     if args.cudagraphs and not on_gpu:
         raise BadInput("--cudagraphs needs --device cuda and a GPU")
-    compiler = on_gpu or shutil.which(os.environ.get("CXX", "g++"))
-    if args.compile and not compiler:
-        raise BadInput("--compile needs a C++ compiler: install g++, or give --no-compile")
-    compiles = bool(compiler) and updates >= (50_000 if on_gpu else 10_000)
+    lacks = lacks_to_compile(on_gpu)
+    if args.compile and lacks:
+        raise BadInput(f"--compile needs {lacks}: install it, or give --no-compile")
+    long = args.num_updates >= 50_000 if on_gpu else args.num_updates * args.num_seeds >= 10_000
     return replace(
         args,
-        compile=compiles if args.compile is None else args.compile,
-        cudagraphs=on_gpu and updates >= 2_000 if args.cudagraphs is None else args.cudagraphs,
+        compile=long and not lacks if args.compile is None else args.compile,
+        cudagraphs=on_gpu and args.num_updates >= 2_000 if args.cudagraphs is None else args.cudagraphs,
     )
+
+
+def lacks_to_compile(on_gpu: bool) -> str:
+    """What torch.compile wants and this machine has not; "" where it has all."""
+    variable, usual = ("CC", "gcc") if on_gpu else ("CXX", "g++")
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if shutil.which(shlex.split(os.environ.get(variable) or usual)[0]) is None:
+        return f"a compiler, {usual} or what {variable} names"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python.h (python3-dev)"
+    return ""
 
 
 def make_agent(args: Args, seed: int) -> DiffusionQL:
@@ -778,19 +819,18 @@ def unstacked(agent: DiffusionQL, args: Args) -> list[dict]:
     return [unstack(agent.state_dict(), k) for k in range(args.num_seeds)]
 
 
-def restore(folder: Path, agents: list[DiffusionQL], generators: list[torch.Generator]) -> list[list[dict]]:
+def restore(checkpoint: dict, folder: Path, agents: list[DiffusionQL], generators: list) -> list[list[dict]]:
     """Puts agents and generators where the checkpoint left them; returns its history. Raises BadInput."""
-    device = agents[0].device
-    checkpoint = read_checkpoint(folder, device)
-    if checkpoint["device"] != device.type:
-        raise BadInput(f"{folder} ran on {checkpoint['device']}, which alone can go on exactly: give that --device")
     try:
-        for k, (agent, generator) in enumerate(zip(agents, generators, strict=True)):
-            agent.load_state_dict(checkpoint["agents"][k])
-            generator.set_state(checkpoint["generators"][k].cpu())
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        parts = (checkpoint["agents"], checkpoint["generators"], checkpoint["history"])
+        for agent, generator, state, numbers, rows in zip(agents, generators, *parts, strict=True):
+            agent.load_state_dict(state)
+            generator.set_state(numbers.cpu())
+            if rows[-1]["step"] != agent.step:
+                raise ValueError("its step is not that of its history")
+        return checkpoint["history"]
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{folder / 'checkpoint.pt'} is not of the run of its args.json: {reason(error)}") from None
-    return checkpoint["history"]
 
 
 def rendering_env(args: Args):

@@ -137,7 +137,7 @@ def clip_each(network: nn.Module, max_norm: float) -> Tensor:
 
 
 class FastUpdate:
-    """Training steps without the CPU: `fast(n)` replays n of them and returns their summed losses, (7,) or (K, 7).
+    """Training steps that the CPU only starts: `fast(n)` replays n and returns their summed losses, (7,) or (K, 7).
 
     agent: a DiffusionQL on a GPU, or what `replicate` makes of several; its generator, or theirs. Building one compiles
     and captures but changes nothing: parameters, optimizers, averages, step and generators are as before.
@@ -149,10 +149,13 @@ class FastUpdate:
             self.sums = losses.clone() if self.sums is None else self.sums.add_(losses)
 
         self.sums: Tensor | None = None
+        self.step = step  # keeps agent and data: a graph holds no tensor that was made outside of it
         generators = generator if isinstance(generator, list) else [generator]
-        before = snapshot(agent, generators)
+        before, numbers = copy.deepcopy(agent.state_dict()), [g.get_state() for g in generators]
         self.graph = capture(step, generators, agent.device)
-        put_back(agent, generators, before)
+        agent.load_state_dict(before)
+        for g, state in zip(generators, numbers, strict=True):
+            g.set_state(state)
 
     def __call__(self, n: int) -> Tensor:
         self.sums.zero_()
@@ -172,6 +175,7 @@ class FastSampler:
         def step() -> None:
             self.actions = dql.act_fresh(agent, self.states, generator)
 
+        self.step = step  # keeps the agent: a graph holds no tensor that was made outside of it
         generators = generator if isinstance(generator, list) else [generator]
         replicas = len(generators) if isinstance(generator, list) else 1
         self.states = torch.zeros(replicas * num_states, agent.state_dim, device=agent.device)
@@ -181,6 +185,8 @@ class FastSampler:
             g.set_state(state)
 
     def __call__(self, states: Tensor) -> Tensor:
+        if states.shape != self.states.shape:
+            raise ValueError(f"captured for states of shape {tuple(self.states.shape)}, not {tuple(states.shape)}")
         self.states.copy_(states)
         self.graph.replay()
         return self.actions.clone()
@@ -195,39 +201,16 @@ def capture(step: Callable[[], None], generators: list[torch.Generator], device:
         for _ in range(WARM_UPS):
             step()
         return SimpleNamespace(replay=step)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
+    with torch.cuda.device(device):  # a capture is made on the current device
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)  # or every replay would draw the same numbers
+        with torch.cuda.graph(graph, stream=stream):
             step()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)  # or every replay would draw the same numbers
-    with torch.cuda.graph(graph):
-        step()
     return graph
-
-
-def snapshot(agent: DiffusionQL, generators: list[torch.Generator]) -> tuple[dict, list[Tensor]]:
-    """A copy of all that a training step changes."""
-    return copy.deepcopy(agent.state_dict()), [generator.get_state() for generator in generators]
-
-
-@torch.no_grad()
-def put_back(agent: DiffusionQL, generators: list[torch.Generator], before: tuple[dict, list[Tensor]]) -> None:
-    """Undoes training steps in place, into the very tensors that a captured graph reads and writes."""
-    state, generator_states = before
-    for name in NETWORKS:
-        for key, value in getattr(agent, name).state_dict().items():
-            value.copy_(state[name][key])
-    for name in ("policy_opt", "critic_opt"):
-        optimizer = getattr(agent, name)
-        optimizer.param_groups[0]["lr"].copy_(state[name]["param_groups"][0]["lr"])
-        for k, p in enumerate(optimizer.param_groups[0]["params"]):
-            for key, value in optimizer.state[p].items():
-                saved = state[name]["state"].get(k)
-                value.copy_(saved[key]) if saved else value.zero_()
-    agent.step.copy_(state["step"])
-    for generator, generator_state in zip(generators, generator_states, strict=True):
-        generator.set_state(generator_state)

@@ -527,6 +527,16 @@ def test_resume_stays_on_its_device(tmp_path):
 
 
 @run_wanted
+def test_resume_takes_whole_runs_and_another_path(tmp_path):
+    """A seed of a run of several is not resumed alone; --compile and --cudagraphs may change, they change no result."""
+    folder = Path(dql.train(tiny_args(tmp_path, num_updates=2, num_seeds=2))["folder"])
+    with pytest.raises(BadInput, match="resume that"):
+        dql.train(Args(resume=folder / "seed-0"))
+    assert dql.resumed_args(Args(resume=folder)).compile is False
+    assert dql.resumed_args(Args(resume=folder, compile=True)).compile is True
+
+
+@run_wanted
 def test_load_policy(tmp_path):
     """Numpy in, numpy out; torch in, torch out; one state or many; the same seed acts the same."""
     folder = dql.train(tiny_args(tmp_path, num_updates=2))["folder"]
@@ -674,14 +684,16 @@ def test_compiled_updates_equal_eager(device, float64):
         for function in (agent.critic_loss, agent.policy_losses, agent.act):
             assert hasattr(function, "_torchdynamo_orig_callable")
     both, alone = generators_of(device, 2), generators_of(device, 2)
-    for _ in range(100):
-        dql.train_step(compiled, data, generator)
-        dql.train_step(many, data, both)
+    fast, fast_many = FastUpdate(compiled, data, generator), FastUpdate(many, data, both)
+    for n in (1, 1, 98):
+        fast(n)
+        fast_many(n)
         for agent, g in zip(agents, alone, strict=True):
-            dql.train_step(agent, data, g)
-    assert_states_close(compiled.state_dict(), agents[0].state_dict(), **FLOAT64)
-    for k, agent in enumerate(agents):
-        assert_states_close(unstack(many.state_dict(), k), agent.state_dict(), **FLOAT64)
+            for _ in range(n):
+                dql.train_step(agent, data, g)
+        assert_states_close(compiled.state_dict(), agents[0].state_dict(), **FLOAT64)
+        for k, agent in enumerate(agents):
+            assert_states_close(unstack(many.state_dict(), k), agent.state_dict(), **FLOAT64)
     states = torch.randn(2 * 5, 3, device=device)
     want = [dql.act_fresh(agent, x, g) for agent, x, g in zip(agents, states.split(5), alone, strict=True)]
     torch.testing.assert_close(dql.act_fresh(compiled, states[:5], generator), want[0], **FLOAT64)
@@ -689,11 +701,12 @@ def test_compiled_updates_equal_eager(device, float64):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("changes", [{}, {"max_q_backup": True, "lr_decay": True, "num_updates": 200}, {"eta": 0.0}])
 @pytest.mark.parametrize("replicas", [1, 3])
-def test_fast_update_equals_eager(replicas, device, float64):
+def test_fast_update_equals_eager(replicas, changes, device, float64):
     """Building it changes nothing; 1, 1 and 98 more replays sum and leave what as many eager steps do; it takes up a
     state and a learning rate that are put into the agent, and gives the run back to the eager path at any time."""
-    data, eager = tiny_data(device), three_agents(device=device)[:replicas]
+    data, eager = tiny_data(device), three_agents(device=device, **changes)[:replicas]
     agent = replicate(eager) if replicas > 1 else copy.deepcopy(eager[0])
     generators, alone = generators_of(device, replicas), generators_of(device, replicas)
     generator = generators if replicas > 1 else generators[0]
@@ -723,10 +736,18 @@ def test_fast_update_equals_eager(replicas, device, float64):
 
     check(1)
     check(1)
+    after_two = copy.deepcopy(agent.state_dict())
     check(98)
     for one in (agent, *eager):
         one.policy_opt.param_groups[0]["lr"].fill_(1e-2)
     check(2)
+    agent.load_state_dict(after_two)
+    for k, one in enumerate(eager):
+        one.load_state_dict(after_two if replicas == 1 else unstack(after_two, k))
+    check(2)
+    again = FastUpdate(agent, data, generator)  # of an agent whose optimizers have state
+    assert_states_close(again(0), torch.zeros_like(again(0)), rtol=0, atol=0)
+    check(1)
     dql.train_step(agent, data, generator)
     for one, g in zip(eager, alone, strict=True):
         dql.train_step(one, data, g)
@@ -787,7 +808,7 @@ def test_several_seeds_are_the_single_runs(tmp_path):
         own = folder / f"seed-{seed}"
         assert {p.name.split(".1")[0] for p in own.iterdir()} == {p.name.split(".1")[0] for p in alone.iterdir()}
         for a, b in zip(metrics(own), metrics(alone), strict=True):
-            for name in dql.LOSS_NAMES:
+            for name in dql.LOSS_NAMES:  # 12 updates in float32, each of which amplifies the rounding of those before
                 assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3, abs=1e-4), name
         scores.append(json.loads((own / "summary.json").read_text())["last"]["score"])
         assert dql.load_policy(own, device="cpu")(np.zeros(11)).shape == (3,)
@@ -800,7 +821,7 @@ def test_several_seeds_are_the_single_runs(tmp_path):
 
 def test_paths_are_chosen_by_device_and_length(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(dql.shutil, "which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(dql, "lacks_to_compile", lambda on_gpu: "")
 
     def chosen(device: torch.device, **args) -> tuple[bool, bool]:
         args = dql.choose_path(dql.with_settings(Args(**args)), device)
@@ -809,13 +830,21 @@ def test_paths_are_chosen_by_device_and_length(monkeypatch):
     assert chosen(cpu, num_updates=100) == (False, False) and chosen(cpu, num_updates=10**6) == (True, False)
     assert chosen(gpu, num_updates=100) == (False, False) and chosen(gpu, num_updates=10_000) == (False, True)
     assert chosen(gpu, num_updates=10**6) == (True, True)
+    assert chosen(cpu, num_updates=2500, num_seeds=4) == (True, False)
     assert chosen(gpu, num_updates=10**6, compile=False, cudagraphs=False) == (False, False)
     with pytest.raises(BadInput, match="--cudagraphs"):
         chosen(cpu, cudagraphs=True)
+    monkeypatch.undo()
     monkeypatch.setattr(dql.shutil, "which", lambda name: None)
     assert chosen(cpu, num_updates=10**6) == (False, False)
-    with pytest.raises(BadInput, match="compiler"):
+    with pytest.raises(BadInput, match=r"--compile needs a compiler, g\+\+"):
         chosen(cpu, compile=True)
+
+
+def test_a_captured_sampler_refuses_other_shapes():
+    sampler = FastSampler(tiny_agent(), 5, torch.Generator())
+    with pytest.raises(ValueError, match=r"\(5, 3\), not \(3,\)"):
+        sampler(torch.zeros(3))
 
 
 def test_flags_that_may_be_none_need_no_value():

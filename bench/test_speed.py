@@ -21,7 +21,7 @@ from fast_sampler import FastSampler, FastUpdate, replicate
 STATE_DIM, ACTION_DIM, ROWS = 17, 6, 100_000
 DEVICE = dql.choose_device("auto")
 ON_GPU = DEVICE.type == "cuda"
-UPDATES = 200 if ON_GPU else 4  # in one timed call; numbers are per update
+UPDATES = 200 if ON_GPU else 4  # in one timed call
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -193,9 +193,9 @@ def test_work_of_one_update(capsys) -> None:
         dql.train_step(agent, data, generator)
     with torch.profiler.profile() as profile:
         dql.train_step(agent, data, generator)
-    calls = sum(event.count for event in profile.key_averages() if event.key.startswith(("aten::", "MishFunction")))
+    calls = sum(not event.cpu_children for event in profile.events())
     parameters = sum(p.numel() for name in ("policy", "critic") for p in getattr(agent, name).parameters())
     flop = count.get_total_flops()
     with capsys.disabled():
-        print(f"\none update: {flop / 1e9:.2f} GFLOP in products, {parameters:,} parameters, {calls:,} eager calls")
+        print(f"\none update: {flop / 1e9:.2f} GFLOP in products, {parameters:,} parameters, {calls:,} calls if eager")
     assert 2.2e9 < flop < 2.6e9
