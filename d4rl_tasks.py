@@ -47,7 +47,8 @@ class BadInput(ValueError):
     """What the user can mend; the message is one line that says what is wrong and how to mend it."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        super().__init__(line if len(line) < 2000 else f"{line[:1000]} [...] {line[-900:]}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the tasks
@@ -180,11 +181,14 @@ def _column(file: Any, name: str, file_size: int) -> Any:
         raise BadInput(f"{file.filename} has no {name}: D4RL's files have observations, actions, rewards, terminals")
     hard = file.id.links.get_info(name.encode()).type == h5py.h5l.TYPE_HARD  # other links may lead out of the file
     column = file[name] if hard else None
-    if not isinstance(column, h5py.Dataset) or column.is_virtual or column.external:
-        raise BadInput(f"{file.filename}: {name} is a link or group instead of data: copy the data into the file")
-    chunks = column.size / math.prod(column.chunks) if column.chunks else 1
-    if chunks > file_size or column.nbytes > 2**24 + 200 * column.id.get_storage_size():
-        raise BadInput(f"{file.filename}: {name} claims {column.nbytes:,} bytes, which the file cannot hold: mend it")
+    if not isinstance(column, h5py.Dataset) or column.shape is None or column.is_virtual or column.external:
+        raise BadInput(f"{file.filename}: {name} is a link, group or void instead of data: copy the data into the file")
+    chunks, claimed = 1, column.nbytes
+    if column.chunks:  # HDF5 unpacks them whole, however few rows of theirs the column has
+        chunks = math.prod(-(-rows // piece) for rows, piece in zip(column.shape, column.chunks, strict=True))
+        claimed = chunks * math.prod(column.chunks) * column.dtype.itemsize
+    if chunks > file_size or claimed > 2**24 + 20 * min(column.id.get_storage_size(), file_size):
+        raise BadInput(f"{file.filename}: {name} claims {claimed:,} bytes, which the file cannot hold: mend it")
     return column
 
 

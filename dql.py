@@ -42,11 +42,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import sysconfig
+import threading
 import time
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -59,7 +61,27 @@ import tyro
 from torch import Tensor, nn
 
 from d4rl_tasks import TASKS, BadInput, load_dataset, make_env, make_envs, normalized_score, task_of
-from run_folder import LOSS_NAMES, log, open_logs, read_checkpoint, reason, save, seed_folders, start_folder, summarize
+from run_folder import (
+    FREE,
+    Diverged,
+    Progress,
+    Stopped,
+    check_health,
+    check_same_run,
+    finished,
+    held_signals,
+    log,
+    only_writer,
+    open_logs,
+    q_alarm,
+    read_checkpoint,
+    reason,
+    restore,
+    save,
+    seed_folders,
+    start_folder,
+    summarize,
+)
 
 
 @dataclass
@@ -86,7 +108,7 @@ class Args:
     runs_dir: Path = Path("runs")
     """where the run's folder ENV__dql__SEED__TIME goes"""
     resume: Path | None = None
-    """folder of a run to go on with, from its last checkpoint"""
+    """folder of a run to go on with exactly, from its last checkpoint"""
     track: bool = False
     """log to Weights & Biases too (pip install wandb)"""
     capture_video: bool = False
@@ -126,7 +148,7 @@ class Args:
 
     # --- evaluation and logging
     eval_every: int | None = None
-    """updates between evaluations (and checkpoints)"""
+    """updates between evaluations"""
     eval_episodes: int | None = None
     """episodes per evaluation"""
     eval_candidates: int | None = None
@@ -139,6 +161,8 @@ class Args:
     """offline selection: the evaluation with the (rank + 1)-th lowest denoising loss"""
     log_every: int = 1000
     """updates per row of metrics.csv"""
+    checkpoint_every: int = 10_000
+    """updates between checkpoints, of which there is also one after each evaluation and at SIGTERM and Ctrl-C"""
 
 
 class Settings(NamedTuple):
@@ -195,7 +219,8 @@ def with_settings(args: Args) -> Args:
     if args.eta == 0 and args.eval_candidates > 1:
         raise BadInput("--eta 0 trains no critics to choose by: leave out --eval-candidates, or give a small --eta")
     for names, good, wanted in (
-        ("num_seeds num_updates batch_size num_steps average_every eval_every eval_episodes eval_candidates log_every",
+        ("num_seeds num_updates batch_size num_steps average_every eval_every eval_episodes eval_candidates log_every "
+         "checkpoint_every",
          lambda v: v >= 1, "at least 1"),
         ("eta grad_norm average_from eval_temperature offline_rank",
          lambda v: 0 <= v < math.inf, "finite and at least 0"),
@@ -640,14 +665,19 @@ def load_policy(run_folder: str | Path, seed: int = 0, device: str = "auto") -> 
 
 
 def train(args: Args) -> dict:
-    """Trains, evaluates and writes the run's folder; returns what summary.json says. Raises BadInput."""
+    """Trains, evaluates and writes the run's folder; returns what summary.json says.
+
+    Raises BadInput, Stopped (SIGTERM or SIGINT, after a checkpoint) and Diverged.
+    """
     from tqdm import tqdm
 
+    if args.dataset_path:
+        args = replace(args, dataset_path=args.dataset_path.absolute())
     args = with_settings(resumed_args(args) if args.resume else args)
+    if args.resume and (summary := finished(args.resume, args.num_updates)):
+        print(f"{args.resume} is finished: nothing is left to do")
+        return summary
     device, paper = choose_device(args.device), SETTINGS[args.env_id].paper
-    checkpoint = read_checkpoint(args.resume, device) if args.resume else None
-    if checkpoint and checkpoint["device"] != device.type:
-        raise BadInput(f"{args.resume} ran on {checkpoint['device']}, and goes on exactly there alone: see --device")
     args = choose_path(args, device)
     dataset = make_batch(load_dataset(args.env_id, args.dataset_path, args.env_backend), args.reward, device)
     seeds = range(args.seed, args.seed + args.num_seeds)
@@ -660,40 +690,67 @@ def train(args: Args) -> dict:
     agents = [make_agent(args, seed) for seed in seeds]
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     eval_generators = [torch.Generator(device) for _ in seeds]
-    history: list[list[dict]] = [[] for _ in seeds]  # of each seed, the rows of metrics.csv
-    folder = args.resume or start_folder(args)
-    if checkpoint:
-        history = restore(checkpoint, folder, agents, generators)
+    now = Progress.begin(len(seeds), device)
+    if args.resume and (args.resume / "checkpoint.pt").exists():
+        checkpoint = read_checkpoint(args.resume, device)
+        check_same_run(checkpoint, args.resume, args, device)
+        now = restore(checkpoint, args.resume, agents, generators)
     agent, updates, act = make_steps(args, agents, dataset, generators, eval_generators)
-    step = history[0][-1]["step"] if history[0] else 0
+    folder = args.resume or start_folder(args)
     path = f"{'compiled' if args.compile else 'eager'}{' and captured' * args.cudagraphs}"
-    print(f"{folder}: {len(dataset.state):,} transitions, updates {step:,} to {args.num_updates:,} "
+    print(f"{folder}: {len(dataset.state):,} transitions, updates {now.step:,} to {args.num_updates:,} "
           f"of {len(seeds)} seed(s) on {device}, {path}")  # fmt: skip
+    with only_writer(folder):
+        if args.compile:  # now, and not where a signal would have to wait for it
+            with unchanged(agent, generators):
+                updates(1)
+                act(torch.zeros(len(envs), agent.state_dim, device=device))
+        warn, writers = q_alarm(dataset.reward, args.gamma), open_logs(args, folder, now.step)
+        bar = tqdm(total=args.num_updates, initial=now.step, mininterval=0.5 if sys.stderr.isatty() else 60)
 
-    writers = open_logs(args, folder, step)
-    with tqdm(total=args.num_updates, initial=step, mininterval=0.5 if sys.stderr.isatty() else 60) as bar:
-        while step < args.num_updates:
-            stop = min(args.num_updates, *((step // every + 1) * every for every in (args.log_every, args.eval_every)))
-            rows = update_until(stop, step, updates, bar)
-            step = stop
-            evaluated = step == args.num_updates or step % args.eval_every == 0
-            if evaluated:
-                # noise of its own, of seed and step: an evaluation changes nothing that training draws
-                for seed, generator in zip(seeds, eval_generators, strict=True):
-                    generator.manual_seed(seed * 1_000_003 + step)
-                scores = normalized_score(args.env_id, evaluate(act, envs, env_seeds, device)).reshape(len(seeds), -1)
-                for row, score in zip(rows, scores, strict=True):
-                    row |= {"score": float(score.mean()), "score_std": float(score.std())}
-                bar.set_postfix(score=f"{scores.mean():.1f}")
-            for row, before in zip(rows, history, strict=True):
-                row["seconds"] += before[-1]["seconds"] if before else 0.0
-                before.append(row)
-            log(args, folder, history, writers)
-            if evaluated:
-                save(args, folder, unstacked(agent, args), generators, history, paper)
-    for writer in writers:
-        writer.close()
-    summary = summarize(args, folder, history, device, paper)
+        def keep() -> None:
+            check_health(folder, agent, now)
+            save(args, folder, unstacked(agent, args), generators, now)
+
+        def act_or_stop(states: Tensor) -> Tensor:
+            check_signals()
+            return act(states)
+
+        with bar, held_signals() as check_signals:
+            try:
+                while now.last_row() < args.num_updates:
+                    row_at = now.next_row(args)
+                    while now.step < row_at:
+                        n = update_some(now, row_at, updates, 10 if args.cudagraphs else 1)
+                        bar.update(n)
+                        check_signals()
+                        if now.step % args.checkpoint_every < n:
+                            keep()
+                    check_health(folder, agent, now)
+                    rows = now.end_row()
+                    warn(rows)
+                    evaluated = now.step == args.num_updates or now.step % args.eval_every == 0
+                    if evaluated:
+                        # noise of its own, of seed and step: an evaluation changes nothing that training draws
+                        for seed, generator in zip(seeds, eval_generators, strict=True):
+                            generator.manual_seed(seed * 1_000_003 + now.step)
+                        scores = normalized_score(args.env_id, evaluate(act_or_stop, envs, env_seeds, device))
+                        for row, score in zip(rows, scores.reshape(len(seeds), -1), strict=True):
+                            row |= {"score": float(score.mean()), "score_std": float(score.std())}
+                        bar.set_postfix(score=f"{scores.mean():.1f}")
+                    now.add_row(rows)
+                    log(args, folder, now.history, writers, paper)
+                    if evaluated:
+                        keep()
+            except Stopped as stopped:
+                keep()
+                where = f"stopped at update {now.step:,} of {args.num_updates:,}; to go on: --resume {folder}"
+                raise Stopped(stopped.signum, where) from None
+            finally:
+                for writer in writers:
+                    with suppress(OSError):  # of a full disk, which has been told
+                        writer.close()
+        summary = summarize(args, folder, now.history, device, paper)
     if video_env:
         from gymnasium.wrappers import RecordVideo
 
@@ -716,19 +773,19 @@ def read_args(folder: Path) -> Args:
 def resumed_args(given: Args) -> Args:
     """The arguments of the run to resume. Raises BadInput where a given flag differs from the run's."""
     saved, default = read_args(given.resume), Args()
-    if (given.resume.parent / "checkpoint.pt").exists():
-        raise BadInput(f"{given.resume} is a part of the run {given.resume.parent}: resume that")
-    free = ("resume", "runs_dir", "device", "track", "capture_video")
-    path = {name: getattr(given, name) for name in ("compile", "cudagraphs") if getattr(given, name) is not None}
+    group = given.resume.absolute().parent
+    if given.resume.name.startswith("seed-") and (group / "args.json").exists():
+        raise BadInput(f"{given.resume} is a part of the run {group}: resume that")
     differ = [
         f"--{f.name.replace('_', '-')} {value} (the run's: {getattr(saved, f.name)})"
         for f in fields(Args)
-        if f.name not in (*free, *path)
+        if f.name not in FREE
         and (value := getattr(given, f.name)) not in (getattr(default, f.name), getattr(saved, f.name))
     ]
     if differ:
         raise BadInput(f"a resumed run keeps its arguments; leave out {', '.join(differ)}")
-    return replace(saved, **{name: getattr(given, name) for name in free}, **path)
+    free = {name: getattr(given, name) for name in FREE}
+    return replace(saved, **{k: v for k, v in free.items() if v is not None or k not in ("compile", "cudagraphs")})
 
 
 def choose_path(args: Args, device: torch.device) -> Args:
@@ -796,18 +853,24 @@ def act_fresh(agent: DiffusionQL, states: Tensor, generator: torch.Generator) ->
     return agent.act(states, agent.draw_act(len(states), generator))
 
 
-def update_until(stop: int, step: int, updates: Callable[[int], Tensor], bar) -> list[dict]:
-    """Updates step + 1 .. stop; of each seed, their row of metrics.csv. It waits for the device once, at the end."""
-    start, sums, done = time.perf_counter(), 0, step
-    while done < stop:
-        n = min(10, stop - done)
-        sums = sums + updates(n)
-        done += n
-        bar.update(n)
-    means = (sums / (stop - step)).reshape(-1, len(LOSS_NAMES)).tolist()
-    seconds = time.perf_counter() - start
-    rest = {"score": "", "score_std": "", "updates_per_second": (stop - step) / seconds, "seconds": seconds}
-    return [{"step": stop, **dict(zip(LOSS_NAMES, mean, strict=True)), **rest} for mean in means]
+def update_some(now: Progress, stop: int, updates: Callable[[int], Tensor], chunk: int) -> int:
+    """Updates as far as the next multiple of chunk, or stop: the same sums in the same order whoever resumes where."""
+    begun = time.perf_counter()
+    n = min(chunk - now.step % chunk, stop - now.step)
+    now.sums = now.sums + updates(n)
+    now.step += n
+    now.seconds += time.perf_counter() - begun
+    return n
+
+
+@contextmanager
+def unchanged(agent: DiffusionQL, generators: list[torch.Generator]) -> Iterator[None]:
+    """Whatever is tried within, the agent and the generators come out as they went in."""
+    before, numbers = copy.deepcopy(agent.state_dict()), [generator.get_state() for generator in generators]
+    yield
+    agent.load_state_dict(before)
+    for generator, state in zip(generators, numbers, strict=True):
+        generator.set_state(state)
 
 
 def unstacked(agent: DiffusionQL, args: Args) -> list[dict]:
@@ -817,20 +880,6 @@ def unstacked(agent: DiffusionQL, args: Args) -> list[dict]:
     from fast_sampler import unstack
 
     return [unstack(agent.state_dict(), k) for k in range(args.num_seeds)]
-
-
-def restore(checkpoint: dict, folder: Path, agents: list[DiffusionQL], generators: list) -> list[list[dict]]:
-    """Puts agents and generators where the checkpoint left them; returns its history. Raises BadInput."""
-    try:
-        parts = (checkpoint["agents"], checkpoint["generators"], checkpoint["history"])
-        for agent, generator, state, numbers, rows in zip(agents, generators, *parts, strict=True):
-            agent.load_state_dict(state)
-            generator.set_state(numbers.cpu())
-            if rows[-1]["step"] != agent.step:
-                raise ValueError("its step is not that of its history")
-        return checkpoint["history"]
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"{folder / 'checkpoint.pt'} is not of the run of its args.json: {reason(error)}") from None
 
 
 def rendering_env(args: Args):
@@ -868,11 +917,13 @@ def parse(argv: list[str]) -> Args:
 
 
 def main() -> None:
+    threading.excepthook = lambda _: None  # what fails in TensorBoard's thread is told where the run next writes to it
     try:
         summary = train(parse(sys.argv[1:]))
-    except BadInput as error:
-        print(f"dql.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (BadInput, Diverged, Stopped, KeyboardInterrupt) as error:
+        print(f"dql.py: {str(error) or 'stopped before an update was made'}", file=sys.stderr)
+        codes = {Diverged: 3, Stopped: 128 + getattr(error, "signum", 0), KeyboardInterrupt: 128 + signal.SIGINT}
+        sys.exit(codes.get(type(error), 2))
     seeds = summary.get("num_seeds", 1)
     print(f"{summary['env_id']}, seed {summary['seed']}, {summary['num_updates']} updates, normalized score:")
     for name in ("last", "best", "offline"):

@@ -151,11 +151,8 @@ class FastUpdate:
         self.sums: Tensor | None = None
         self.step = step  # keeps agent and data: a graph holds no tensor that was made outside of it
         generators = generator if isinstance(generator, list) else [generator]
-        before, numbers = copy.deepcopy(agent.state_dict()), [g.get_state() for g in generators]
-        self.graph = capture(step, generators, agent.device)
-        agent.load_state_dict(before)
-        for g, state in zip(generators, numbers, strict=True):
-            g.set_state(state)
+        with dql.unchanged(agent, generators):
+            self.graph = capture(step, generators, agent.device)
 
     def __call__(self, n: int) -> Tensor:
         self.sums.zero_()
@@ -179,10 +176,8 @@ class FastSampler:
         generators = generator if isinstance(generator, list) else [generator]
         replicas = len(generators) if isinstance(generator, list) else 1
         self.states = torch.zeros(replicas * num_states, agent.state_dim, device=agent.device)
-        before = [g.get_state() for g in generators]
-        self.graph = capture(step, generators, agent.device)
-        for g, state in zip(generators, before, strict=True):
-            g.set_state(state)
+        with dql.unchanged(agent, generators):
+            self.graph = capture(step, generators, agent.device)
 
     def __call__(self, states: Tensor) -> Tensor:
         if states.shape != self.states.shape:

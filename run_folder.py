@@ -1,34 +1,98 @@
-"""The folder of a run: what is written, how it is read back, and which of its evaluations are reported.
+"""The folder of a run: what is written, how it is read back, which of its evaluations are reported, how it stops.
 
     runs/ENV__dql__SEED__TIME/    args.json, checkpoint.pt, summary.json and, of one seed, metrics.csv, curve.png and
                                   TensorBoard events; of several, a folder seed-K for each with all of these
 
-Every file is written beside and renamed: no reader and no crash ever finds one half written.
+Every file is written beside and renamed: no reader and no crash ever finds one half written. What a run does next
+depends on its arguments and its checkpoint alone: killed at any moment and resumed, it ends with the same bits.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.metadata
+import io
 import json
+import os
 import platform
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
 
 from d4rl_tasks import BadInput
 
 if TYPE_CHECKING:
-    from dql import Args
+    from dql import Args, DiffusionQL
 
 LOSS_NAMES = ("critic_loss", "bc_loss", "q_loss", "policy_loss", "target_q", "critic_grad_norm", "policy_grad_norm")
 METRICS = ("step", *LOSS_NAMES, "score", "score_std", "updates_per_second", "seconds")
+FREE = ("resume", "runs_dir", "device", "track", "capture_video", "compile", "cudagraphs")  # may change on resuming
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT came; the message says where the run stands."""
+
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message)
+        self.signum = signum
+
+
+class Diverged(Exception):
+    """A loss or a parameter is no longer a finite number; the message says which, when, and what is left."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int  # updates made
+    sums: Tensor  # (K, 7), the losses of those since the last row of metrics.csv, added up
+    seconds: float  # that these took
+    history: list[list[dict]]  # of each seed, the rows of metrics.csv
+
+    @classmethod
+    def begin(cls, num_seeds: int, device: torch.device) -> Progress:
+        return cls(0, torch.zeros(num_seeds, len(LOSS_NAMES), device=device), 0.0, [[] for _ in range(num_seeds)])
+
+    def last_row(self) -> int:
+        """The update of the last row."""
+        return self.history[0][-1]["step"] if self.history[0] else 0
+
+    def next_row(self, args: Args) -> int:
+        """The update of the next row: that of a log or of an evaluation, whichever comes first, or the last."""
+        return min(args.num_updates, *((self.last_row() // n + 1) * n for n in (args.log_every, args.eval_every)))
+
+    def end_row(self) -> list[dict]:
+        """Of each seed, the row that ends now, still without a score. It waits for the device."""
+        begun, count = time.perf_counter(), self.step - self.last_row()
+        means = (self.sums / count).tolist()
+        seconds = self.seconds + time.perf_counter() - begun
+        rest = {"score": "", "score_std": "", "updates_per_second": count / seconds}
+        total = seconds + (self.history[0][-1]["seconds"] if self.history[0] else 0.0)
+        return [
+            {"step": self.step, **dict(zip(LOSS_NAMES, mean, strict=True)), **rest, "seconds": total} for mean in means
+        ]
+
+    def add_row(self, rows: list[dict]) -> None:
+        """Puts each seed's row to its history and begins the next."""
+        for of_seed, row in zip(self.history, rows, strict=True):
+            of_seed.append(row)
+        self.sums, self.seconds = torch.zeros_like(self.sums), 0.0
+
+
+# ----------------------------------------------------------------------------- beginning and going on
 
 
 def start_folder(args: Args) -> Path:
@@ -37,10 +101,14 @@ def start_folder(args: Args) -> Path:
     name = f"{args.env_id}__dql__{args.seed}{last}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder, again = args.runs_dir / name, 0
     try:
-        while folder.exists():
-            again += 1
-            folder = args.runs_dir / f"{name}-{again}"
-        folder.mkdir(parents=True)
+        args.runs_dir.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                again += 1
+                folder = args.runs_dir / f"{name}-{again}"
         write_args(folder, args)
         for k, path in enumerate(seed_folders(args, folder) if args.num_seeds > 1 else []):
             path.mkdir()
@@ -50,17 +118,138 @@ def start_folder(args: Args) -> Path:
     return folder
 
 
+def as_json(args: Args) -> dict:
+    """args as args.json holds them."""
+    return json.loads(json.dumps(asdict(args), default=str))
+
+
 def write_args(folder: Path, args: Args) -> None:
-    write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(asdict(args), indent=2, default=str)))
+    write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(as_json(args), indent=2)))
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Locks a run's folder until the block, or the process, ends however it may. Raises BadInput where it is locked."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadInput(f"another process is writing {folder}: wait for it, or stop it") from None
+    except OSError as error:
+        raise BadInput(f"cannot write in {folder}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def finished(folder: Path, num_updates: int) -> dict | None:
+    """The summary of a run that has made all its updates."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        summary = json.loads((folder / "summary.json").read_text())
+        return summary if summary["num_updates"] == num_updates else None
 
 
 def read_checkpoint(folder: Path, device: torch.device) -> dict:
-    """{"agents", "generators", "history", "device"} of a run's last checkpoint, of each seed. Raises BadInput."""
+    """A run's last checkpoint, as `save` made it. Raises BadInput."""
     try:
         checkpoint = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
-        return {name: checkpoint[name] for name in ("agents", "generators", "history", "device")}
+        return {name: checkpoint[name] for name in ("agents", "generators", "progress", "args", "versions", "device")}
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         raise BadInput(f"{folder / 'checkpoint.pt'} cannot be read as a checkpoint: {reason(error)}") from None
+
+
+def check_same_run(checkpoint: dict, folder: Path, args: Args, device: torch.device) -> None:
+    """Raises BadInput where the checkpoint is of other arguments or another kind of device; warns of other versions."""
+    if checkpoint["device"] != device.type:
+        raise BadInput(f"{folder} ran on {checkpoint['device']}, and goes on exactly there alone: see --device")
+    then, now = checkpoint["args"], as_json(args)
+    differ = [name for name in now if name not in FREE and then.get(name, now) != now[name]]
+    if differ:
+        raise BadInput(f"{folder / 'checkpoint.pt'} is not of the run of its args.json: {', '.join(differ)} differ")
+    for name, version in versions().items():
+        before = checkpoint["versions"].get(name)
+        if before != version:
+            print(f"warning: {name} was {before} and is {version}: results may differ in rounding", file=sys.stderr)
+
+
+def restore(checkpoint: dict, folder: Path, agents: list[DiffusionQL], generators: list) -> Progress:
+    """Puts agents and generators where the checkpoint left them. Raises BadInput."""
+    try:
+        parts = (checkpoint["agents"], checkpoint["generators"])
+        for agent, generator, state, numbers in zip(agents, generators, *parts, strict=True):
+            agent.load_state_dict(state)
+            generator.set_state(numbers.cpu())
+        now = Progress(**checkpoint["progress"])
+        if not now.last_row() <= now.step == agents[0].step or now.sums.shape != (len(agents), len(LOSS_NAMES)):
+            raise ValueError("its step is not that of its history")
+        return now
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"{folder / 'checkpoint.pt'} is not of the run of its args.json: {reason(error)}") from None
+
+
+# ----------------------------------------------------------------------------- stopping
+
+
+@contextmanager
+def held_signals() -> Iterator[Callable[[], None]]:
+    """Holds SIGTERM and SIGINT back; the function that it gives raises Stopped when one has come.
+
+    A second signal has its usual effect. Outside of the main thread, which alone gets signals, nothing is held back.
+    """
+    came: list[int] = []
+
+    def note(signum: int, _) -> None:
+        came.append(signum)
+        release()
+
+    def release() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    def check() -> None:
+        if came:
+            raise Stopped(came[0])
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT) if main}
+    try:
+        yield check
+    finally:
+        release()
+
+
+def check_health(folder: Path, agent: DiffusionQL, now: Progress) -> None:
+    """Raises Diverged where the losses added up or any parameter are not finite. It waits for the device."""
+    bad = [name for name, fine in zip(LOSS_NAMES, now.sums.isfinite().all(0).tolist(), strict=True) if not fine]
+    for name in ("policy", "policy_ema", "critic", "critic_target"):
+        if not torch.nn.utils.get_total_norm(list(getattr(agent, name).parameters())).isfinite():
+            bad.append(f"{name}'s parameters")
+    if bad:
+        seeds = (~now.sums.isfinite().all(1)).nonzero().flatten().tolist()
+        where = f"updates {now.last_row() + 1:,} to {now.step:,}, seed number {seeds} of {len(now.sums)}"
+        left = "is of before" if (folder / "checkpoint.pt").exists() else "was not yet written"
+        raise Diverged(f"{', '.join(bad)} not finite in {where}; {folder / 'checkpoint.pt'} {left}. "
+                       "Try a smaller --learning-rate, --eta or --grad-norm")  # fmt: skip
+
+
+def q_alarm(reward: Tensor, gamma: float) -> Callable[[list[dict]], None]:
+    """A function of rows that warns, once, when the mean target of Eq. 4 is beyond any sum of discounted rewards."""
+    horizon = 1 / (1 - gamma) if gamma < 1 else float("inf")
+    low, high = min(0.0, reward.min().item() * horizon), max(0.0, reward.max().item() * horizon)
+    warned = []
+
+    def warn(rows: list[dict]) -> None:
+        for k, row in enumerate(rows):
+            if not low <= row["target_q"] <= high and not warned:
+                warned.append(k)
+                print(f"warning: update {row['step']:,}, seed number {k}: mean target Q is {row['target_q']:.4g}, "
+                      f"rewards allow {low:.4g} to {high:.4g}", file=sys.stderr)  # fmt: skip
+
+    return warn
+
+
+# ----------------------------------------------------------------------------- what is written
 
 
 def select(rows: list[dict], args: Args) -> dict[str, dict]:
@@ -87,13 +276,28 @@ def select(rows: list[dict], args: Args) -> dict[str, dict]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls write with a path beside, then renames it: no reader and no crash ever finds the file half written."""
+    """Calls write with a path beside, then renames it: no reader and no crash ever finds the file half written.
+
+    Raises BadInput where it cannot be written, a full disk say; the file that was there is as it was.
+    """
     beside = path.with_name(f".part-{path.name}")
     try:
         write(beside)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
         beside.replace(path)
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror or error}; what was there before is whole") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def write_torch(path: Path, contents: dict) -> None:
+    """torch.save by way of memory: straight to a file, it does not say why it cannot."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    write_whole(path, lambda beside: beside.write_bytes(buffer.getbuffer()))
 
 
 def write_metrics(path: Path, rows: list[dict]) -> None:
@@ -123,6 +327,7 @@ def write_curve(path: Path, rows: list[dict], args: Args, paper: tuple[float, fl
     figure.savefig(path)
 
 
+@functools.cache
 def versions() -> dict[str, str | int]:
     """Of what a score depends on."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
@@ -146,33 +351,44 @@ def open_logs(args: Args, folder: Path, step: int) -> list:
     if args.track:
         import wandb
 
-        wandb.init(project="dql", name=folder.name, config=asdict(args), sync_tensorboard=True)
+        try:
+            wandb.init(project="dql", name=folder.name, config=asdict(args), sync_tensorboard=True)
+        except Exception as error:  # it has errors of its own for each way not to be logged in
+            raise BadInput(f"--track: {reason(error)}") from None
     return [SummaryWriter(path, purge_step=step + 1 if step else None) for path in seed_folders(args, folder)]
 
 
-def log(args: Args, folder: Path, history: list[list[dict]], writers: list) -> None:
-    """The newest row of each seed, to TensorBoard and metrics.csv."""
-    for path, rows, writer in zip(seed_folders(args, folder), history, writers, strict=True):
+def log(args: Args, folder: Path, history: list[list[dict]], writers: list, paper: tuple | None) -> None:
+    """The newest row of each seed, to TensorBoard and metrics.csv; after an evaluation the curve."""
+    for k, (path, rows, writer) in enumerate(zip(seed_folders(args, folder), history, writers, strict=True)):
         for name in METRICS[1:]:
             if rows[-1][name] != "":
                 kind = "losses" if name in LOSS_NAMES else "charts"
-                writer.add_scalar(f"{kind}/{name}", rows[-1][name], rows[-1]["step"])
+                try:
+                    writer.add_scalar(f"{kind}/{name}", rows[-1][name], rows[-1]["step"])
+                except OSError as error:
+                    raise BadInput(f"cannot write TensorBoard's events in {path}: {error.strerror}") from None
         write_whole(path / "metrics.csv", lambda path, rows=rows: write_metrics(path, rows))
+        if rows[-1]["score"] != "":
+            own = replace(args, seed=args.seed + k)
+            write_whole(path / "curve.png", lambda path, rows=rows, own=own: write_curve(path, rows, own, paper))
 
 
-def save(
-    args: Args, folder: Path, agents: list[dict], generators: list, history: list[list[dict]], paper: tuple | None
-) -> None:
-    """The checkpoint of all seeds, from which a run goes on; then of each, for itself, and its curve."""
-    states, kind = [generator.get_state() for generator in generators], generators[0].device.type
-    whole = {"agents": agents, "generators": states, "history": history, "device": kind}
-    write_whole(folder / "checkpoint.pt", lambda path: torch.save(whole, path))
+def save(args: Args, folder: Path, agents: list[dict], generators: list, now: Progress) -> None:
+    """The checkpoint of all seeds, from which a run goes on; then that of each, for itself."""
+    states = [generator.get_state() for generator in generators]
+    common = {
+        "args": as_json(args),
+        "versions": versions(),
+        "device": generators[0].device.type,
+    }
+    whole = {"agents": agents, "generators": states, "progress": vars(now)}
+    write_torch(folder / "checkpoint.pt", whole | common)
     for k, path in enumerate(seed_folders(args, folder)):
         if args.num_seeds > 1:
-            one = {name: whole[name][k : k + 1] for name in ("agents", "generators", "history")} | {"device": kind}
-            write_whole(path / "checkpoint.pt", lambda path, one=one: torch.save(one, path))
-        one_args = replace(args, seed=args.seed + k)
-        write_whole(path / "curve.png", lambda path, k=k, a=one_args: write_curve(path, history[k], a, paper))
+            progress = vars(now) | {"sums": now.sums[k : k + 1].clone(), "history": now.history[k : k + 1]}
+            one = {"agents": agents[k : k + 1], "generators": states[k : k + 1], "progress": progress}
+            write_torch(path / "checkpoint.pt", one | common)
 
 
 def summarize(

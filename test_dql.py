@@ -8,6 +8,8 @@ Oracles: the official implementation's figures (reference/official_update.json),
 
 import copy
 import csv
+import functools
+import gc
 import hashlib
 import http.server
 import itertools
@@ -15,6 +17,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -482,48 +485,200 @@ def test_same_seed_same_metrics_and_other_seed_other(tmp_path):
     assert runs[0] != runs[2]
 
 
-def stopped_after(step: int, args: Args) -> Path:
-    """The folder of a run that stopped when it had logged that step."""
-    before, log = set(args.runs_dir.glob("*")), dql.log
+def on_call(count: int, function, do):
+    """function, which at its count-th call does something before."""
+    calls = itertools.count(1)
 
-    def log_and_stop(args, folder, history, writers):
-        log(args, folder, history, writers)
-        if history[0][-1]["step"] == step:
-            raise KeyboardInterrupt
+    def called(*args):
+        if next(calls) == count:
+            do()
+        return function(*args)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dql, "log", log_and_stop)
-        dql.train(args)
-    (folder,) = set(args.runs_dir.glob("*")) - before
-    return folder
+    return called
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """The same weights, optimizers, averages, generators, metrics and scores, to the last bit; times aside."""
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b)]
+    for part in ("agents", "generators"):
+        assert_states_close(states[0][part], states[1][part], rtol=0, atol=0)
+    args = dql.read_args(a)
+    for x, y in zip(dql.seed_folders(args, a), dql.seed_folders(args, b), strict=True):
+        assert metrics(x) == metrics(y)
+        scores = [json.loads((folder / "summary.json").read_text()) for folder in (x, y)]
+        assert [scores[0][name] for name in ("last", "best", "offline")] == [
+            scores[1][name] for name in ("last", "best", "offline")
+        ]
+
+
+@pytest.fixture(scope="module")
+def run_left_alone(tmp_path_factory):
+    """The arguments and the folder of a run of 24 updates, by number of seeds."""
+
+    @functools.cache
+    def run(num_seeds: int) -> tuple[Args, Path]:
+        args = tiny_args(tmp_path_factory.mktemp("whole"), num_updates=24, num_seeds=num_seeds)
+        return args, Path(dql.train(args)["folder"])
+
+    return run
 
 
 @run_wanted
 @pytest.mark.parametrize("num_seeds", [1, 2])
-def test_resume_is_exact(num_seeds, tmp_path):
-    """Stopped after its first checkpoint and resumed: the weights and metrics of a run that was not stopped."""
-    args = tiny_args(tmp_path, num_updates=24, num_seeds=num_seeds)
-    whole = Path(dql.train(args)["folder"])
-    stopped = stopped_after(15, args)
+@pytest.mark.parametrize("where, count, step, signum", [
+    ("train_step", 8, 8, signal.SIGTERM), ("act_fresh", 5, 12, signal.SIGINT), ("log", 4, 16, signal.SIGTERM),
+])  # fmt: skip
+def test_a_stopped_run_goes_on_exactly(num_seeds, where, count, step, signum, run_left_alone, monkeypatch, capsys):
+    """A signal in an update, in an evaluation and in a log: a checkpoint, one line, and the end of a run left alone."""
+    args, whole = run_left_alone(num_seeds)
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch, pytest.raises(dql.Stopped, match=f"stopped at update {step} of 24") as stop:
+        patch.setattr(dql, where, on_call(count, getattr(dql, where), lambda: signal.raise_signal(signum)))
+        dql.train(args)
+    assert stop.value.signum == signum
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    stopped = Path(str(stop.value).split("--resume ")[1])
     assert not (stopped / "summary.json").exists()
-    dql.train(Args(resume=stopped))
-    for a, b in zip(dql.seed_folders(args, stopped), dql.seed_folders(args, whole), strict=True):
-        assert metrics(a) == metrics(b)
-    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, stopped))
-    assert len(a["agents"]) == num_seeds
-    assert_states_close([a["agents"], a["generators"]], [b["agents"], b["generators"]], rtol=0, atol=0)
+    summary = dql.train(Args(resume=stopped))
+    assert_same_end(whole, stopped)
 
-    with pytest.raises(dql.BadInput, match=r"--eta 7.0 \(the run's: 1.0\)"):
-        dql.train(Args(resume=stopped, eta=7.0))
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    assert dql.train(Args(resume=stopped)) == json.loads(json.dumps(summary))
+    assert "is finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
 
 
 @run_wanted
-def test_resume_stays_on_its_device(tmp_path):
+def test_a_run_killed_at_random_moments_ends_the_same(tmp_path):
+    """Three kills of one seed's run and three of two seeds' at once."""
+    out = tmp_path / "torture.json"
+    command = [sys.executable, "bench/torture.py", "--kills", "3", "--cases", "one", "several", "--out", str(out)]
+    subprocess.run(command, cwd=HERE, check=True, timeout=300, capture_output=True)
+    for case in json.loads(out.read_text())["kills"].values():
+        assert case["kills"] == 3 and case["same"] and case["runs"] >= 1
+
+
+@run_wanted
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
+    whole = Path(dql.train(tiny_args(tmp_path, num_updates=6))["folder"])
+    begun = dql.start_folder(dql.with_settings(tiny_args(tmp_path, num_updates=6)))
+    dql.train(Args(resume=begun))
+    assert_same_end(whole, begun)
+
+
+@run_wanted
+def test_resume_refuses_what_is_not_the_run(tmp_path):
     folder = Path(dql.train(tiny_args(tmp_path, num_updates=2))["folder"])
+    (folder / "summary.json").unlink()
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    with pytest.raises(BadInput, match=r"--eta 7.0 \(the run's: 1.0\)"):
+        dql.train(Args(resume=folder, eta=7.0))
     torch.save(checkpoint | {"device": "cuda"}, folder / "checkpoint.pt")
     with pytest.raises(BadInput, match="ran on cuda"):
         dql.train(Args(resume=folder, device="cpu"))
+    torch.save(checkpoint | {"args": checkpoint["args"] | {"eta": 7.0}}, folder / "checkpoint.pt")
+    with pytest.raises(BadInput, match=r"not of the run of its args\.json: eta differ"):
+        dql.train(Args(resume=folder, device="cpu"))
+
+
+@run_wanted
+def test_a_second_writer_is_refused(tmp_path):
+    """While a process holds the run's folder; not after it is gone, however it went."""
+    folder = dql.start_folder(dql.with_settings(tiny_args(tmp_path, num_updates=2)))
+    hold = f"import pathlib, run_folder\nwith run_folder.only_writer(pathlib.Path({str(folder)!r})): print(1); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-uc", hold], cwd=HERE, **pipes) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(BadInput, match="another process is writing"):
+            dql.train(Args(resume=folder))
+        other.kill()
+    assert dql.train(Args(resume=folder))["num_updates"] == 2
+
+
+@run_wanted
+def test_a_full_disk_leaves_the_last_checkpoint(run_left_alone, monkeypatch):
+    """No file may grow beyond 100 kB: one line, the checkpoint as it was, and with room again the run goes on."""
+    resource = pytest.importorskip("resource")
+    args, whole = run_left_alone(1)
+    with monkeypatch.context() as patch, pytest.raises(dql.Stopped) as stop:
+        patch.setattr(dql, "train_step", on_call(14, dql.train_step, lambda: signal.raise_signal(signal.SIGTERM)))
+        dql.train(args)
+    folder = Path(str(stop.value).split("--resume ")[1])
+    before, limits = (folder / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(BadInput, match=r"cannot write .*checkpoint.pt: File too large; what was there before is"):
+            dql.train(Args(resume=folder))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert not list(folder.glob(".part*"))
+    dql.train(Args(resume=folder))
+    assert_same_end(whole, folder)
+
+
+@run_wanted
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_a_run_that_diverges_stops(num_seeds, tmp_path, monkeypatch, capsys):
+    """Exit code 3 within one row; the checkpoint is of before, and finite."""
+    args = tiny_args(tmp_path, num_seeds=num_seeds, checkpoint_every=4)
+
+    def poison():
+        index = (0,) * (target.dim())
+        with torch.no_grad():
+            target[index] = math.nan
+
+    make_steps = dql.make_steps
+
+    def make_poisoned_steps(*args):
+        nonlocal target
+        agent, updates, act = make_steps(*args)
+        target = agent.critic.q1[2].weight
+        return agent, on_call(7, updates, poison), act
+
+    target = None
+    monkeypatch.setattr(dql, "make_steps", make_poisoned_steps)
+    with pytest.raises(dql.Diverged, match=r"critic_loss, .*critic's parameters.* not finite in updates 6 to 8, seed"):
+        dql.train(args)
+    (folder,) = args.runs_dir.iterdir()
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["progress"]["step"] == 4
+    assert all(p.isfinite().all() for state in checkpoint["agents"] for p in state["critic"].values())
+
+    monkeypatch.setattr(dql, "train", lambda _: (_ for _ in ()).throw(dql.Diverged("gone")))
+    monkeypatch.setattr(sys, "argv", ["dql.py"])
+    with pytest.raises(SystemExit) as stop:
+        dql.main()
+    assert stop.value.code == 3 and capsys.readouterr().err.endswith("dql.py: gone\n")
+
+
+def test_q_beyond_what_rewards_allow_is_told_once(capsys):
+    warn = run_folder.q_alarm(torch.tensor([-1.0, 2.0]), gamma=0.9)
+    for value, told in ((20.0, False), (-10.0, False), (-10.1, True), (21.0, False)):
+        warn([{"step": 5, "target_q": value}])
+        assert ("rewards allow -10 to 20" in capsys.readouterr().err) == told
+    run_folder.q_alarm(torch.ones(2), gamma=1.0)([{"step": 5, "target_q": 1e9}])
+    assert capsys.readouterr().err == ""
+
+
+@run_wanted
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+def test_many_evaluations_leak_nothing(tmp_path, monkeypatch):
+    """50 evaluations and checkpoints: as many environments, threads and open files after the 5th as after the last."""
+    counts, evaluations, evaluate = [], itertools.count(1), dql.evaluate
+
+    def evaluate_and_count(*args):
+        if next(evaluations) in (5, 20, 35, 50):
+            gc.collect()
+            models = sum(type(x).__name__ == "MjData" for x in gc.get_objects())
+            counts.append((models, threading.active_count(), len(os.listdir("/proc/self/fd"))))
+        return evaluate(*args)
+
+    monkeypatch.setattr(dql, "evaluate", evaluate_and_count)
+    monkeypatch.setattr(run_folder, "write_curve", lambda path, *_: path.write_bytes(b""))  # half a second each
+    dql.train(tiny_args(tmp_path, num_updates=50, eval_every=1, eval_episodes=1, checkpoint_every=1))
+    assert len(counts) == 4 and len(set(counts)) == 1, counts
 
 
 @run_wanted
@@ -806,9 +961,10 @@ def test_several_seeds_are_the_single_runs(tmp_path):
     for seed in (5, 6):
         alone = Path(dql.train(tiny_args(tmp_path, seed=seed, num_updates=12, eval_every=6))["folder"])
         own = folder / f"seed-{seed}"
-        assert {p.name.split(".1")[0] for p in own.iterdir()} == {p.name.split(".1")[0] for p in alone.iterdir()}
+        names = [{p.name.split(".1")[0] for p in path.iterdir()} - {".lock"} for path in (own, alone)]
+        assert names[0] == names[1]
         for a, b in zip(metrics(own), metrics(alone), strict=True):
-            for name in dql.LOSS_NAMES:  # 12 updates in float32, each of which amplifies the rounding of those before
+            for name in run_folder.LOSS_NAMES:  # 12 updates in float32, each of which amplifies the rounding of those before
                 assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3, abs=1e-4), name
         scores.append(json.loads((own / "summary.json").read_text())["last"]["score"])
         assert dql.load_policy(own, device="cpu")(np.zeros(11)).shape == (3,)
@@ -903,6 +1059,7 @@ def test_unwritable_run_folder_gets_one_line(capsys, tmp_path):
 def test_damaged_checkpoint_gets_one_line(capsys, tmp_path):
     folder = Path(dql.train(tiny_args(tmp_path, num_updates=2))["folder"])
     whole = (folder / "checkpoint.pt").read_bytes()
+    (folder / "summary.json").unlink()
     capsys.readouterr()
     (folder / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     assert "cannot be read as a checkpoint" in fails(capsys, "--resume", str(folder))
