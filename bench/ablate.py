@@ -1,0 +1,295 @@
+"""What N and eta do on a task: score, losses and cost over a grid of each, several seeds at once (section 5.3).
+
+    python bench/ablate.py --env-id hopper-medium-v2 --out bench/results/hopper-medium-v2-ablation
+    python bench/ablate.py --quick --out FOLDER    # the demo data set, a minute: shows that it works, and no more
+
+steps.csv, steps.png: N over a grid, eta the task's. eta.csv, eta.png: eta over a grid, N = 5. One row of a table is one
+agent, trained by dql.py and evaluated once, after its last update. Trained at once, as replicas, are the seeds of an N;
+those of eta = 0, which has no critics; those of all other etas. Where runs are too short to be compiled or captured,
+agents are trained one after another. Rows are written as soon as their agents are evaluated. Run again, the script goes
+on with the rows that are missing; more seeds or settings may be asked for then, nothing else.
+
+N = 1 is one step from nearly pure noise (vp: 0.7 % of the variance is the action's): little more than a regression of
+the action on the state, all but deterministic.
+"""
+
+import csv
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+import dql
+from d4rl_tasks import BadInput, load_dataset, make_envs, normalized_score
+from dql import Batch, DiffusionQL
+from run_folder import LOSS_NAMES, versions, write_whole
+
+
+@dataclass
+class Args:
+    """Ablation of N and eta. What is None is the task's setting from the paper."""
+
+    env_id: str = "halfcheetah-demo-v0"
+    """a task of dql.py"""
+    dataset_path: Path | None = None
+    """data to train on instead of the task's own"""
+    num_seeds: int = 5
+    """seeds 0, 1, ... of each setting"""
+    num_updates: int | None = None
+    """updates of each agent"""
+    batch_size: int = 256
+    """transitions per update"""
+    eval_episodes: int = 10
+    """episodes of an agent's evaluation"""
+    num_steps: tuple[int, ...] = (1, 2, 5, 10, 20)
+    """grid of N"""
+    etas: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
+    """grid of eta"""
+    out: Path = Path("runs/ablation")
+    """folder to write, or to go on in"""
+    quick: bool = False
+    """small numbers for whatever is not given"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto is cuda where there is one"""
+
+
+QUICK = {"num_seeds": 2, "num_updates": 20, "batch_size": 32, "eval_episodes": 1, "num_steps": (1, 3),
+         "etas": (0.0, 1.0)}  # fmt: skip
+FIXED = ("env_id", "dataset_path", "num_updates", "batch_size", "eval_episodes", "device")
+DISTANCE_ROWS = 2000
+COLUMNS = {
+    "num_steps": "N, denoising steps",
+    "eta": "eta",
+    "seed": "seed",
+    "score": "normalized score",
+    "score_std": "its deviation over episodes",
+    "bc_loss": "L_d, last tenth of updates",
+    "target_q": "mean target Q, last tenth of updates",
+    "action_distance": "distance from the data's action, L2",
+    "ms_per_update": "ms an update, all replicas",
+    "ms_per_act": "ms an acting step, all replicas",
+    "replicas": "agents trained at once",
+}
+PANELS = {
+    "num_steps": ("score", "ms_per_update", "ms_per_act"),
+    "eta": ("score", "bc_loss", "target_q", "action_distance"),
+}
+Setting = tuple[int, float, int]  # N, eta, seed
+
+
+def settings_of(args: Args, num_steps: int = 5, eta: float | None = None, replicas: int = 1) -> dql.Args:
+    """dql.py's arguments of a group. Raises BadInput."""
+    return dql.with_settings(dql.Args(
+        env_id=args.env_id, dataset_path=args.dataset_path, num_seeds=replicas, device=args.device,
+        num_updates=args.num_updates, batch_size=args.batch_size, num_steps=num_steps, eta=eta,
+        eval_episodes=args.eval_episodes,
+    ))  # fmt: skip
+
+
+def groups_of(args: Args) -> dict[str, list[list[Setting]]]:
+    """Of each table, the settings of its groups. Raises BadInput where one makes no sense."""
+    seeds, default = range(args.num_seeds), settings_of(args, replicas=args.num_seeds)
+    steps, etas = dict.fromkeys(args.num_steps), dict.fromkeys(args.etas)
+    for n in steps:
+        settings_of(args, num_steps=n)
+    for eta in etas:
+        settings_of(args, eta=eta)
+    return {
+        "num_steps": [[(n, default.eta, seed) for seed in seeds] for n in steps],
+        "eta": [
+            [(default.num_steps, eta, seed) for eta in some for seed in seeds]
+            for some in ([e for e in etas if e == 0], [e for e in etas if e > 0])
+        ],
+    }
+
+
+def at_once(args: Args, missing: list[Setting], device: torch.device) -> list[list[Setting]]:
+    """What is trained at once of a group: all; each alone where it would be eager, for eager replicas cost more."""
+    if len(missing) < 2:
+        return [missing] * len(missing)
+    path = dql.choose_path(settings_of(args, replicas=len(missing)), device)
+    return [missing] if path.compile or path.cudagraphs else [[one] for one in missing]
+
+
+def train_group(args: Args, settings: Sequence[Setting], dataset: Batch, bar) -> list[dict]:
+    """Trains agents that differ in eta and seed at once, evaluates them; their rows."""
+    num_steps, eta, _ = settings[0]
+    own = settings_of(args, num_steps, eta, len(settings))
+    own = dql.choose_path(own, dataset.state.device)
+    agents = [dql.make_agent(replace(own, eta=eta), seed) for _, eta, seed in settings]
+    device = agents[0].device
+    generators = [torch.Generator(device).manual_seed(seed) for _, _, seed in settings]
+    # as dql.train seeds its last evaluation: one agent's score is that of `python dql.py --seed`
+    eval_generators = [torch.Generator(device).manual_seed(s * 1_000_003 + own.num_updates) for _, _, s in settings]
+    agent, updates, act = dql.make_steps(own, agents, dataset, generators, eval_generators)
+
+    tenth = max(1, own.num_updates // 10)  # what comes before it warms up what is timed
+    if own.num_updates > tenth:
+        run_updates(updates, own.num_updates - tenth, bar)
+    losses, ms_per_update = run_updates(updates, tenth, bar)
+    scores, ms_per_act = evaluate(own, act, settings, device)
+    states = dql.unstacked(agent, own)
+    rows = []
+    for k, (num_steps, eta, seed) in enumerate(settings):
+        agents[k].load_state_dict(states[k])
+        rows.append({
+            "num_steps": num_steps, "eta": eta, "seed": seed,
+            "score": scores[k].mean(), "score_std": scores[k].std(), "bc_loss": losses[k]["bc_loss"],
+            "target_q": losses[k]["target_q"] if eta > 0 else math.nan,
+            "action_distance": action_distance(agents[k], dataset, seed),
+            "ms_per_update": ms_per_update, "ms_per_act": ms_per_act, "replicas": len(settings),
+        })  # fmt: skip
+    return rows
+
+
+def run_updates(updates: Callable[[int], Tensor], n: int, bar) -> tuple[list[dict], float]:
+    """Of each agent the mean losses of n updates; the milliseconds of one. It waits for the device once, at the end."""
+    start, sums = time.perf_counter(), []
+    for done in range(0, n, 10):
+        chunk = min(10, n - done)
+        sums.append(updates(chunk))
+        bar.update(chunk)
+    means = (sum(sums) / n).reshape(-1, len(LOSS_NAMES)).tolist()
+    ms = 1000 * (time.perf_counter() - start) / n
+    return [dict(zip(LOSS_NAMES, mean, strict=True)) for mean in means], ms
+
+
+def evaluate(
+    own: dql.Args, act: Callable, settings: Sequence[Setting], device: torch.device
+) -> tuple[np.ndarray, float]:
+    """Normalized scores (K, episodes) of the group's agents, and the median milliseconds of act in all their states."""
+    envs = make_envs(own.env_id, own.eval_episodes * len(settings))
+    env_seeds = [seed + 100 + k for _, _, seed in settings for k in range(own.eval_episodes)]
+    times = []
+
+    def timed(states: Tensor) -> Tensor:
+        start = time.perf_counter()
+        actions = act(states).cpu()  # waits for the device
+        times.append(1000 * (time.perf_counter() - start))
+        return actions
+
+    returns = dql.evaluate(timed, envs, env_seeds, device)
+    return normalized_score(own.env_id, returns).reshape(len(settings), -1), float(np.median(times))
+
+
+@torch.no_grad()
+def action_distance(agent: DiffusionQL, dataset: Batch, seed: int) -> float:
+    """Mean L2 distance of the policy's action, one sample of the bare chain, from the data's action in its state."""
+    generator = torch.Generator(agent.device).manual_seed(seed)
+    rows = min(DISTANCE_ROWS, len(dataset.state))
+    index = torch.randperm(len(dataset.state), generator=generator, device=agent.device)[:rows]
+    shape = (agent.args.num_steps + 1, rows, agent.action_dim)
+    action = agent.policy.sample(dataset.state[index], torch.randn(shape, generator=generator, device=agent.device))
+    return (action - dataset.action[index]).norm(dim=-1).mean().item()
+
+
+# ----------------------------------------------------------------------------- tables and pictures
+
+
+def read_table(path: Path) -> dict[Setting, dict]:
+    """The rows of a table by their setting; none where there is no file. Raises BadInput."""
+    if not path.exists():
+        return {}
+    try:
+        with path.open(newline="") as file:
+            rows = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is not a table of this script: {error}") from None
+    rows = [row | {name: int(row[name]) for name in ("num_steps", "seed", "replicas")} for row in rows]
+    return {(row["num_steps"], row["eta"], row["seed"]): row for row in rows}
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(path: Path, rows: list[dict], x: str) -> None:
+    """Each measure against x: a dot for each seed, their mean, a band of one standard deviation over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(PANELS[x]), 3.4), layout="constrained")
+    xs = sorted({row[x] for row in rows})
+    for axes, name in zip(figure.subplots(1, len(PANELS[x])), PANELS[x], strict=True):
+        ys = [np.array([row[name] for row in rows if row[x] == at]) for at in xs]
+        mean, std = np.array([y.mean() for y in ys]), np.array([y.std() for y in ys])
+        axes.plot(xs, mean, marker="o")
+        axes.fill_between(xs, mean - std, mean + std, alpha=0.2)
+        axes.scatter(*zip(*((row[x], row[name]) for row in rows), strict=True), s=8, color="gray", zorder=3)
+        axes.set(xlabel=COLUMNS[x], ylabel=COLUMNS[name])
+        axes.set_xscale("symlog", linthresh=min(filter(None, xs), default=1))  # symlog has a place for eta = 0
+        axes.set_xticks(xs, [f"{at:g}" for at in xs])
+        axes.minorticks_off()
+    figure.savefig(path, format="png")
+
+
+def open_folder(args: Args) -> None:
+    """Makes the folder and writes ablate.json. Raises BadInput where it holds what was run with other arguments."""
+    path, mine = args.out / "ablate.json", json.loads(json.dumps(asdict(args), default=str))
+    device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device
+    text = json.dumps({"args": mine, "device": device, "versions": versions()}, indent=2) + "\n"
+    try:
+        others = json.loads(path.read_text())["args"] if path.exists() else mine
+        differ = [f"{name} {others[name]}" for name in FIXED if others[name] != mine[name]]
+        if not differ:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda path: path.write_text(text))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"cannot go on in {args.out}: {error}; choose another --out") from None
+    if differ:
+        raise BadInput(f"{args.out} holds an ablation with {', '.join(differ)}: choose another --out")
+
+
+def ablate(args: Args) -> None:
+    """Trains what the tables lack, and draws them. Raises BadInput."""
+    from tqdm import tqdm
+
+    if args.quick:
+        default = Args()
+        args = replace(args, **{k: v for k, v in QUICK.items() if getattr(args, k) == getattr(default, k)})
+    device = dql.choose_device(args.device)
+    own = settings_of(args)
+    args = replace(args, device=str(device), num_updates=own.num_updates)
+    tables = groups_of(args)
+    dataset = dql.make_batch(load_dataset(args.env_id, args.dataset_path), own.reward, device)
+    open_folder(args)
+    for x, groups in tables.items():
+        name = {"num_steps": "steps", "eta": "eta"}[x]
+        rows = read_table(args.out / f"{name}.csv")
+        for group in groups:
+            missing = [setting for setting in group if setting not in rows]
+            for some in at_once(args, missing, device):
+                with tqdm(total=args.num_updates, leave=False, disable=not sys.stderr.isatty()) as bar:
+                    found = train_group(args, some, dataset, bar)
+                rows |= {(row["num_steps"], row["eta"], row["seed"]): row for row in found}
+                table = [rows[setting] for setting in sorted(rows)]
+                write_whole(args.out / f"{name}.csv", lambda path, table=table: write_table(path, table))
+                for row in found:
+                    print(f"N {row['num_steps']}, eta {row['eta']:g}, seed {row['seed']}: score {row['score']:.1f}, "
+                          f"{row['ms_per_update']:.2f} ms an update of {row['replicas']}", flush=True)  # fmt: skip
+        if rows:
+            write_whole(args.out / f"{name}.png", lambda path, x=x, rows=rows: draw(path, list(rows.values()), x))
+
+
+def main() -> None:
+    try:
+        ablate(tyro.cli(Args))
+    except BadInput as error:
+        print(f"ablate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

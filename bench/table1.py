@@ -1,0 +1,451 @@
+"""The paper's Table 1: trains tasks x seeds, skips what is done, prints the table beside the paper's.
+
+    python bench/table1.py                                            # twenty tasks, five seeds, every GPU
+    python bench/table1.py --tasks 'hopper-*' --num-updates 20000     # flags of dql.py are passed on to it
+    python bench/table1.py --only-table                               # of what is in --runs-dir
+    python bench/table1.py --ray auto                                 # on a Ray cluster (pip install ray)
+    python bench/table1.py --quick                                    # tries all of it in a minute
+
+A job, some seeds of one task, is a process `python dql.py`: one that fails takes no other with it. Killed at any moment
+and started again, this goes on from the checkpoints in --runs-dir. The table is of runs of exactly the settings asked
+for, whoever trained them; where a seed was run twice, the run that finished last counts.
+
+On Ray every machine sees this folder, --runs-dir and the data under the same path; a job whose worker dies goes on.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stderr, suppress
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from filelock import FileLock, Timeout
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import dql  # noqa: E402
+from d4rl_tasks import TASKS, BadInput, task_of  # noqa: E402
+from run_folder import write_whole  # noqa: E402
+
+
+@dataclass
+class Args:
+    """The paper's Table 1. Other flags are passed on to dql.py: --num-updates 20000, --eval-episodes 20, --eta 0 ..."""
+
+    tasks: list[str] = field(default_factory=lambda: ["*"])
+    """ids or patterns ('hopper-*') of the paper's twenty tasks"""
+    seeds: int = 5
+    """seeds 0, 1, ... of each task"""
+    runs_dir: Path = Path("runs")
+    """where the runs' folders are and go"""
+    out: Path = ROOT / "bench" / "results" / "table1"
+    """folder for table1.md, table1.csv and runs.csv"""
+    devices: list[str] = field(default_factory=list)
+    """cuda:0 cuda:1 ..., or cpu. Default: every GPU, cpu where there is none. On Ray only the kind counts"""
+    jobs_per_device: int | None = None
+    """processes side by side. Default: 1 on a GPU, for a task's seeds share a process there; on a CPU one a core"""
+    ray: str | None = None
+    """address of a Ray cluster to train on: auto, HOST:PORT, or local for one of this machine"""
+    quick: bool = False
+    """the demo data, two seeds and next to no training"""
+    only_table: bool = False
+    """train nothing"""
+
+
+QUICK = ["--num-updates", "24", "--eval-every", "24", "--batch-size", "16", "--num-steps", "2", "--eval-episodes", "1",
+         "--eval-candidates", "2"]  # fmt: skip
+SCORES = ("last", "best", "offline")
+DOMAINS = {"Gym": ("halfcheetah", "hopper", "walker2d"), "AntMaze": ("antmaze",), "Adroit": ("pen",),
+           "Kitchen": ("kitchen",)}  # fmt: skip
+REFERENCE = json.loads((ROOT / "reference" / "paper.json").read_text())["tasks"]
+OWN = ("env_id", "seed", "num_seeds", "device", "runs_dir", "resume")  # of dql.py's flags, what each job is given
+FREE = {*OWN, "compile", "cudagraphs", "track", "capture_video", "log_every", "checkpoint_every"} - {"env_id"}
+
+
+class Run(NamedTuple):
+    folder: Path
+    args: dict
+    summary: dict | None  # of a finished run
+
+    def differs(self, settings: dict) -> set[str]:
+        """The settings that it was not made with; one that it does not know is newer than the run."""
+        return {name for name, value in settings.items() if _comparable(name, self.args.get(name, value)) != value}
+
+    def counts(self) -> bool:
+        """Whether it is a finished run of one seed."""
+        return bool(self.summary) and self.args["num_seeds"] == 1
+
+    def unfinished(self, kind: str) -> bool:
+        """Whether dql.py may go on with it on a device of that kind."""
+        part_of_group = (self.folder.parent / "args.json").exists()
+        return not self.summary and not part_of_group and self.args["device"].split(":")[0] in ("auto", kind)
+
+
+class Job(NamedTuple):
+    """Some seeds of a task, trained in one process."""
+
+    env_id: str
+    seed: int
+    num_seeds: int
+    settings: dict  # of its args.json
+    words: list[str]  # flags passed on to dql.py
+    runs_dir: Path
+    cwd: Path
+
+    def __str__(self) -> str:
+        return f"{self.env_id}__{'-'.join(map(str, sorted({self.seed, self.seed + self.num_seeds - 1})))}"
+
+    def log(self) -> Path:
+        return self.runs_dir / "logs" / f"{self}.log"
+
+
+# ----------------------------------------------------------------------------- what is there
+
+
+def read_runs(runs_dir: Path) -> list[Run]:
+    """Every run's folder, and each seed's within one of several; those finished last come last."""
+    runs = []
+    for path in runs_dir.rglob("args.json"):
+        with suppress(OSError, ValueError, LookupError, TypeError):  # of another program, or just taken away
+            args, written, summary = json.loads(path.read_text()), path.with_name("summary.json"), None
+            if written.exists():
+                summary = json.loads(written.read_text())
+                summary = summary if summary["num_updates"] == args["num_updates"] else None
+            time_of = (written if summary else path).stat().st_mtime
+            runs.append((time_of, str(path), Run(path.parent, args | {"env_id": args["env_id"]}, summary)))
+    return [run for *_, run in sorted(runs, key=lambda entry: entry[:2])]
+
+
+def _comparable(name: str, value: object) -> object:
+    return str(Path(value).resolve()) if name == "dataset_path" and value else value
+
+
+def settings_of(env_id: str, given: dql.Args) -> dict:
+    """What the args.json of a run of that task with these flags says, but for what does not matter to its scores."""
+    full = json.loads(json.dumps(asdict(dql.with_settings(replace(given, env_id=env_id))), default=str))
+    return {name: _comparable(name, value) for name, value in full.items() if name not in FREE}
+
+
+def plan(args: Args, wanted: dict[str, dict], words: list[str], kind: str) -> list[Job]:
+    """A job for each folder to go on with, then for the seeds without one: on a GPU all in one job, else one each."""
+    runs, jobs, rest = read_runs(args.runs_dir), [], (words, args.runs_dir.resolve(), Path.cwd())
+    for env_id, settings in wanted.items():
+        same = [run for run in runs if not run.differs(settings)]
+        missing = set(range(args.seeds)) - {run.args["seed"] for run in same if run.counts()}
+        for run in reversed(same):
+            group = range(run.args["seed"], run.args["seed"] + run.args["num_seeds"])
+            if missing & {*group} and run.unfinished(kind) and (run.folder / "checkpoint.pt").exists():
+                jobs.append(Job(env_id, group.start, len(group), settings, *rest))
+                missing -= {*group}
+        for _, neighbours in groupby(enumerate(sorted(missing)), lambda pair: pair[1] - pair[0]):
+            seeds = [seed for _, seed in neighbours]
+            for group in [seeds] if kind == "cuda" else [[seed] for seed in seeds]:
+                jobs.append(Job(env_id, group[0], len(group), settings, *rest))
+    return jobs
+
+
+# ----------------------------------------------------------------------------- training
+
+# The kernel ends a child with the process that started it, even if that is killed; it must not have died before.
+BOUND = """import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+os.getppid() == int(sys.argv[1]) and os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"""
+
+
+def start(job: Job, device: str) -> subprocess.Popen | None:
+    """Starts a job, or goes on with it; None where it is done."""
+    same = [run for run in read_runs(job.runs_dir) if not run.differs(job.settings)
+            and (run.args["seed"], run.args["num_seeds"]) == (job.seed, job.num_seeds)]  # fmt: skip
+    if any(run.summary for run in same):
+        return None
+    command = [*job.words, "--env-id", job.env_id, "--seed", str(job.seed), "--num-seeds", str(job.num_seeds),
+               "--runs-dir", str(job.runs_dir)]  # fmt: skip
+    for run in same:
+        if run.unfinished(device.split(":")[0]) and (_in_use(run.folder) or (run.folder / "checkpoint.pt").exists()):
+            command = ["--resume", str(run.folder)]
+    threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+    program = ["-c", BOUND, str(os.getpid()), "-u", str(ROOT / "dql.py"), *command, "--device", device]
+    job.log().parent.mkdir(parents=True, exist_ok=True)
+    with job.log().open("a") as log:
+        # in a session of its own: Ctrl-C reaches it as one SIGTERM, for a second signal would end it without checkpoint
+        return subprocess.Popen([sys.executable, *program], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                cwd=job.cwd, env=threads | os.environ, start_new_session=True)  # fmt: skip
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a process is writing the run; one whose parent died has the time to write its checkpoint and end."""
+    try:
+        with FileLock(folder / ".lock", timeout=30):
+            return False
+    except Timeout:
+        return True
+
+
+def outcome(job: Job, code: int) -> str:
+    """Empty for a job that ended well; else the last line that it wrote, and where the others are."""
+    lines = re.split(r"[\r\n]+", job.log().read_text(errors="replace").strip())
+    return f"exit code {code}: {lines[-1]} ({job.log()})" if code else ""
+
+
+def train_here(jobs: list[Job], slots: list[str], stopped: list[int]) -> Iterator[tuple[Job, str]]:
+    """Trains jobs on devices, one in each slot; gives each with its outcome as it ends. A signal ends them all."""
+    waiting, free, running = jobs[::-1], slots[::-1], []
+    while (waiting or running) and not stopped:
+        while waiting and free and not stopped:
+            job = waiting.pop()
+            print(f"{job}: starts on {free[-1]}", flush=True)
+            if child := start(job, free[-1]):
+                running.append((job, free.pop(), child))
+        for entry in [entry for entry in running if entry[2].poll() is not None]:
+            job, device, child = entry
+            running.remove(entry)
+            free.append(device)
+            yield job, outcome(job, child.returncode)
+        time.sleep(0.1)
+    for *_, child in running:
+        child.terminate()
+    for *_, child in running:
+        child.wait()
+
+
+def work(job: Job, device: str) -> str:
+    """A job on a Ray worker; returns its outcome."""
+    child = start(job, device)
+    try:
+        while child and child.poll() is None:
+            time.sleep(0.2)  # unlike wait() it lets the interrupt through by which Ray cancels
+    finally:
+        if child and child.poll() is None:
+            child.terminate()
+            child.wait()
+    return outcome(job, child.returncode) if child else ""
+
+
+def train_on_ray(jobs: list[Job], kind: str, per_device: int, stopped: list[int]) -> Iterator[tuple[Job, str]]:
+    """Trains each job as a task of a Ray cluster, started again where its worker dies."""
+    import ray
+
+    gpus = 1 / per_device if kind == "cuda" else 0
+    task = ray.remote(max_retries=10, num_cpus=1, num_gpus=gpus)(work)
+    running = {task.options(name=str(job)).remote(job, kind): job for job in jobs}
+    while running and not stopped:
+        for handle in ray.wait(list(running), timeout=0.5)[0]:
+            job = running.pop(handle)
+            try:
+                yield job, ray.get(handle)
+            except ray.exceptions.RayError as error:
+                yield job, str(error).strip().splitlines()[-1]
+    for handle in running:
+        ray.cancel(handle)
+    if running:
+        ray.wait(list(running), num_returns=len(running), timeout=30)
+
+
+def connect(args: Args) -> str:
+    """Joins the Ray cluster; returns the kind of device to train on. Raises BadInput."""
+    try:
+        import ray
+    except ImportError:
+        raise BadInput("--ray needs Ray: pip install ray") from None
+    try:
+        ray.init(address=args.ray, log_to_driver=False, logging_level="warning")
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise BadInput(f"--ray {args.ray}: {(str(error) or 'no answer').splitlines()[0]}") from None
+    gpus = ray.cluster_resources().get("GPU")
+    return args.devices[0].split(":")[0] if args.devices else "cuda" if gpus else "cpu"
+
+
+# ----------------------------------------------------------------------------- the table
+
+
+def newest(runs: list[Run], settings: dict) -> list[Run]:
+    """Of each seed the run of these settings that finished last, by seed."""
+    by_seed = {run.args["seed"]: run for run in runs if run.counts() and not run.differs(settings)}
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def task_row(env_id: str, runs: list[Run]) -> dict:
+    """A task's row; every score is (mean, standard deviation over seeds), or None."""
+    row = {"task": env_id, "seeds": len(runs), "num_updates": runs[0].args["num_updates"]}
+    for name in SCORES:
+        scores = [run.summary[name]["score"] for run in runs]
+        row[name] = (float(np.mean(scores)), float(np.std(scores)) if len(scores) > 1 else None)
+    return row | {"paper": dql.SETTINGS[env_id].paper, "reproduction": REFERENCE.get(env_id, {}).get("reproduction")}
+
+
+def average_rows(rows: list[dict]) -> list[dict]:
+    """The average of each domain's tasks, of those that are there; None where one of them has no score."""
+    averages = []
+    for domain, families in DOMAINS.items():
+        tasks = [name for name, it in dql.SETTINGS.items() if it.paper and TASKS[name].family in families]
+        if there := [row for row in rows if row["task"] in tasks]:
+            average = dict.fromkeys(there[0]) | {"task": f"{domain} average, {len(there)} of {len(tasks)} tasks"}
+            for name in (*SCORES, "paper", "reproduction"):
+                known = [row[name][0] for row in there if row[name]]
+                average[name] = (float(np.mean(known)), None) if len(known) == len(there) else None
+            averages.append(average)
+    return averages
+
+
+def cell(value: str | int | tuple | None) -> str:
+    if isinstance(value, tuple | list):
+        return f"{value[0]:.1f}" + (f" ± {value[1]:.1f}" if value[1] is not None else "")
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else value
+
+
+def markdown(rows: list[dict]) -> str:
+    table = [[*rows[0]], ["---"] * len(rows[0])]
+    for row in rows:
+        asterisk = {"paper": cell(row["paper"]) + "*"} if REFERENCE.get(row["task"], {}).get("recalled") else {}
+        table.append([cell(value) for value in (row | asterisk).values()])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+
+
+def write_tables(out: Path, runs_dir: Path, wanted: dict[str, dict], words: list[str]) -> str:
+    """Writes table1.md, table1.csv and runs.csv; returns the first. Raises BadInput where no run has finished."""
+    runs = read_runs(runs_dir)
+    used = {env_id: found for env_id, settings in wanted.items() if (found := newest(runs, settings))}
+    if not used:
+        raise BadInput(f"no finished run of these tasks and settings in {runs_dir}")
+    rows = [task_row(env_id, found) for env_id, found in used.items()]
+    rows += average_rows(rows)
+    text = markdown(rows) + f"""
+
+Normalized scores, mean ± standard deviation over seeds, of the last, the best and the offline-selected evaluation.
+Settings: the paper's{" but for " * bool(words) + " ".join(words)}. Paper: its Table 1 (*: quoted from memory).
+Reproduction: FlowRL (arXiv 2603.27450), table 2, last evaluation.
+"""
+    others = [run.differs(wanted[run.args["env_id"]]) for run in runs if run.counts() and run.args["env_id"] in wanted]
+    if names := sorted(set().union(*others)):
+        text += f"Left out: {sum(map(bool, others))} finished run(s) with other {', '.join(names)}.\n"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot write {out}: {error.strerror}; choose an --out") from None
+    write_whole(out / "table1.md", lambda path: path.write_text(text))
+    write_csv(out / "table1.csv", [
+        {key: row[key] for key in ("task", "seeds", "num_updates")}
+        | {f"{key}_{what}": row[key] and row[key][k] for key in (*SCORES, "paper", "reproduction")
+           for k, what in enumerate(("mean", "std"))} for row in rows
+    ])  # fmt: skip
+    write_csv(out / "runs.csv", [
+        {key: run.summary[key] for key in ("env_id", "seed", "num_updates", "updates_per_second", "seconds", "device")}
+        | {f"{key}_{what}": run.summary[key][what] for key in SCORES for what in ("score", "std", "step")}
+        | {"folder": str(run.folder)} for found in used.values() for run in found
+    ])  # fmt: skip
+    return text
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    def write(beside: Path) -> None:
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_whole(path, write)
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
+def parse(argv: list[str]) -> tuple[Args, list[str]]:
+    """The arguments, and the words passed on to dql.py. Raises BadInput."""
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            args, words = tyro.cli(Args, args=argv, return_unknown_args=True)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = " ".join(re.sub(r"[\u2500-\u257f]", " ", complaint.getvalue()).split())
+        raise BadInput(re.split(r"Argument helptext|For full helptext", text)[0].strip()) from None
+    if args.quick:
+        return replace(args, tasks=["halfcheetah-demo-v0"], seeds=2), [*QUICK, *words]
+    for name in ("seeds", "jobs_per_device"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
+    return args, words
+
+
+def choose_tasks(patterns: list[str]) -> list[str]:
+    """The ids that match, in the paper's order. Raises BadInput for a pattern without any."""
+    chosen = set()
+    for pattern in patterns:
+        found = {name for name, it in dql.SETTINGS.items() if name == pattern or (it.paper and fnmatch(name, pattern))}
+        chosen |= found
+        if not found:
+            task_of(pattern)  # raises, with the ids that come close
+    return [env_id for env_id in dql.SETTINGS if env_id in chosen]
+
+
+def choose_devices(args: Args) -> list[str]:
+    """Each device as often as jobs run on it side by side."""
+    devices = args.devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    if len({dql.choose_device(device).type for device in devices}) > 1:
+        raise BadInput(f"--devices {' '.join(devices)}: a run ends on the kind of device that it began on, give one")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return [d for d in devices for _ in range(args.jobs_per_device or (cores if d == "cpu" else 1))]
+
+
+def train(args: Args, wanted: dict[str, dict], words: list[str]) -> int:
+    """Trains what is missing, writing the tables as jobs end; the exit code."""
+    stopped, failed = [], False
+    if args.ray:
+        kind = connect(args)
+    else:
+        slots = choose_devices(args)
+        kind = slots[0].split(":")[0]
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda signum, _: stopped.append(signum))
+    jobs = plan(args, wanted, words, kind)
+    print(f"{len(jobs)} job(s) to do", flush=True)
+    per_device = args.jobs_per_device or 1
+    trained = train_on_ray(jobs, kind, per_device, stopped) if args.ray else train_here(jobs, slots, stopped)
+    for job, wrong in trained:
+        print(f"{job}: {wrong or 'done'}", file=sys.stderr if wrong else sys.stdout, flush=True)
+        failed |= bool(wrong)
+        with suppress(BadInput):  # none has finished yet
+            write_tables(args.out, args.runs_dir, wanted, words)
+    return 128 + stopped[0] if stopped else int(failed)
+
+
+def run(argv: list[str]) -> int:
+    """What the command line asks for; the exit code. Raises BadInput."""
+    args, words = parse(argv)
+    given = dql.parse(words)
+    if taken := [name for name in OWN if getattr(given, name) != getattr(dql.Args(), name)]:
+        raise BadInput(f"--{taken[0].replace('_', '-')} is not passed on: each job has its own (see --help)")
+    wanted = {env_id: settings_of(env_id, given) for env_id in choose_tasks(args.tasks)}
+    code = 0 if args.only_table else train(args, wanted, words)
+    with suppress(BadInput) if code else nullcontext():
+        print(write_tables(args.out, args.runs_dir, wanted, words))
+    return code
+
+
+def main() -> None:
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except BadInput as error:
+        print(f"table1.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

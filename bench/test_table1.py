@@ -1,0 +1,277 @@
+"""Table 1 of made-up runs against arithmetic by hand; real runs killed and started again, here and on Ray."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import table1
+
+import dql
+from d4rl_tasks import TASKS
+from run_folder import seed_folders, write_args
+
+h5py = pytest.importorskip("h5py")
+SCRIPT = Path(table1.__file__)
+TINY = ["--num-updates", "40", "--eval-every", "10", "--eval-episodes", "2", "--eval-candidates", "2",
+        "--batch-size", "8", "--num-steps", "2", "--log-every", "4"]  # fmt: skip
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only there do a killed program's children end with it")
+TIMES = ("updates_per_second", "seconds")
+
+
+def make_run(runs_dir: Path, env_id: str, seed: int, scores: tuple | None, num_seeds=1, name="", **changes) -> Path:
+    """A run's folder as dql.py leaves it, finished with these scores (last, best, offline) or, for None, in mid-run."""
+    args = dql.with_settings(dql.Args(env_id=env_id, seed=seed, num_seeds=num_seeds, device="cpu", **changes))
+    folder = runs_dir / f"{env_id}__dql__{seed}__{name or num_seeds}"
+    for k, path in enumerate([folder] if num_seeds == 1 else [folder, *seed_folders(args, folder)]):
+        path.mkdir(parents=True)
+        write_args(path, args if k == 0 else replace(args, seed=seed + k - 1, num_seeds=1))
+        (path / "checkpoint.pt").touch()
+        if scores:
+            summary = {name: {"score": s, "std": 1.0, "step": 5} for name, s in zip(table1.SCORES, scores, strict=True)}
+            rest = {"updates_per_second": 9.0, "seconds": 3.0, "device": "cpu"}
+            summary |= {"env_id": env_id, "seed": seed + max(k - 1, 0), "num_updates": args.num_updates, **rest}
+            (path / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def table_of(tmp_path: Path, *words: str) -> list[dict]:
+    """What table1.csv says of the runs in a folder; numbers that are there as float."""
+    assert table1.run(["--only-table", "--runs-dir", str(tmp_path), "--out", str(tmp_path / "out"), *words]) == 0
+    with (tmp_path / "out" / "table1.csv").open() as file:
+        return [{k: v if k == "task" else float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def test_table_of_made_up_runs(tmp_path, capsys):
+    for seed, last in enumerate((80.0, 86.0, 92.0)):
+        make_run(tmp_path, "hopper-medium-v2", seed, (last, 95.0, 90.0))
+    make_run(tmp_path, "hopper-medium-v2", 3, None)
+    make_run(tmp_path, "walker2d-medium-v2", 0, (70.0, 74.0, 71.0), num_seeds=2)
+    make_run(tmp_path, "kitchen-complete-v0", 7, (50.0, 60.0, 55.0))
+    make_run(tmp_path, "hopper-medium-v2", 4, (1.0, 1.0, 1.0), num_updates=20_000, eval_every=10_000)
+    make_run(tmp_path, "hopper-medium-v2", 5, (2.0, 2.0, 2.0), eta=0.0)
+    make_run(tmp_path, "halfcheetah-demo-v0", 0, (3.0, 3.0, 3.0))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "args.json").write_text("[1, 2")
+
+    hopper, walker, kitchen, gym, kitchens = table_of(tmp_path)
+    assert (hopper["task"], hopper["seeds"], hopper["num_updates"]) == ("hopper-medium-v2", 3, 2_000_000)
+    assert (hopper["last_mean"], hopper["last_std"]) == (86.0, pytest.approx(24**0.5))  # (36 + 0 + 36) / 3 = 24
+    assert (hopper["best_mean"], hopper["best_std"], hopper["offline_mean"]) == (95.0, 0.0, 90.0)
+    assert (hopper["paper_mean"], hopper["paper_std"]) == (90.5, 4.6)
+    assert (hopper["reproduction_mean"], hopper["reproduction_std"]) == (80.4, 15.7)
+    assert (walker["seeds"], walker["last_mean"], kitchen["seeds"], kitchen["last_mean"]) == (2, 70.0, 1, 50.0)
+    assert gym["task"] == "Gym average, 2 of 9 tasks" and kitchens["task"] == "Kitchen average, 1 of 3 tasks"
+    assert (gym["last_mean"], gym["paper_mean"]) == (78.0, 88.75)  # (86 + 70) / 2, (90.5 + 87.0) / 2
+    assert gym["reproduction_mean"] == pytest.approx(83.55)  # (80.4 + 86.7) / 2
+
+    text = (tmp_path / "out" / "table1.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    assert "| hopper-medium-v2 | 3 | 2,000,000 | 86.0 ± 4.9 | 95.0 ± 0.0 | 90.0 ± 0.0 | 90.5 ± 4.6 |" in text
+    assert "| kitchen-complete-v0 | 1 | 250,000 | 50.0 | 60.0 | 55.0 | 84.0 ± 7.4* |  |" in text
+    assert "Left out: 2 finished run(s) with other eta, eval_candidates, eval_every, num_updates." in text
+    with (tmp_path / "out" / "runs.csv").open() as file:
+        assert [row["seed"] for row in csv.DictReader(file)] == ["0", "1", "2", "0", "1", "7"]
+
+    (short,) = (r for r in table_of(tmp_path, "--num-updates", "20000", "--eval-every", "10000") if r["seeds"] == 1)
+    assert (short["num_updates"], short["last_mean"]) == (20_000, 1.0)
+    (demo,) = table_of(tmp_path, "--tasks", "halfcheetah-demo-v0")
+    assert demo["last_mean"] == 3.0
+
+
+def test_the_newest_finished_run_of_a_seed_counts(tmp_path):
+    for name, score, age in (("b", 10.0, 100), ("a", 20.0, 0), ("c", 30.0, 200)):
+        folder = make_run(tmp_path, "pen-human-v1", 0, (score,) * 3, name=name)
+        os.utime(folder / "summary.json", (time.time() - age,) * 2)
+    make_run(tmp_path, "pen-human-v1", 0, None, name="d")
+    task, average = table_of(tmp_path)
+    assert (task["seeds"], task["last_mean"], average["last_mean"]) == (1, 20.0, 20.0)
+
+
+def jobs_of(runs_dir: Path, kind: str, seeds=5) -> list[tuple[int, int]]:
+    args, given = table1.Args(runs_dir=runs_dir, seeds=seeds), dql.Args()
+    wanted = {"hopper-medium-v2": table1.settings_of("hopper-medium-v2", given)}
+    return [(job.seed, job.num_seeds) for job in table1.plan(args, wanted, [], kind)]
+
+
+def test_jobs(tmp_path):
+    """Seeds in one job on a GPU, each alone on a CPU; none for those done; a folder with a checkpoint is resumed."""
+    assert jobs_of(tmp_path, "cuda") == [(0, 5)]
+    assert jobs_of(tmp_path, "cpu", seeds=3) == [(0, 1), (1, 1), (2, 1)]
+    make_run(tmp_path, "hopper-medium-v2", 1, (1.0, 1.0, 1.0))
+    assert jobs_of(tmp_path, "cuda") == [(0, 1), (2, 3)]
+    begun = make_run(tmp_path, "hopper-medium-v2", 3, None, num_seeds=2)
+    assert jobs_of(tmp_path, "cpu") == [(3, 2), (0, 1), (2, 1)]
+    assert jobs_of(tmp_path, "cuda") == [(0, 1), (2, 3)]  # a run goes on only on the kind of device that it began on
+    (begun / "checkpoint.pt").unlink()
+    assert jobs_of(tmp_path, "cpu") == [(0, 1), (2, 1), (3, 1), (4, 1)]
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (["--seeds", "0"], "--seeds is 0, it must be at least 1"),
+    (["--seeds", "x"], "invalid literal for int"),
+    (["--tasks", "hoper-medium-v2"], "did you mean hopper-medium-v2"),
+    (["--gama", "1"], "--gamma"),
+    (["--num-seeds", "2"], "--num-seeds is not passed on"),
+    (["--num-updates", "0"], "--num-updates is 0"),
+    (["--devices", "cuda:99"], "--device cuda:99 cannot be used"),
+    (["--only-table"], "no finished run"),
+])  # fmt: skip
+def test_bad_input_in_one_line(words, complaint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["table1.py", "--runs-dir", str(tmp_path), "--out", str(tmp_path), *words])
+    with pytest.raises(SystemExit) as stop:
+        table1.main()
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and complaint in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+# ----------------------------------------------------------------------------- real runs
+
+
+def data_file(path: Path) -> Path:
+    """Random contents in D4RL's layout."""
+    rng, task, rows = np.random.default_rng(0), TASKS["hopper-medium-v2"], 300
+    with h5py.File(path, "w") as file:
+        file["observations"] = rng.standard_normal((rows, task.state_dim)).astype(np.float32)
+        file["actions"] = np.tanh(rng.standard_normal((rows, task.action_dim))).astype(np.float32)
+        file["rewards"] = rng.standard_normal(rows).astype(np.float32)
+        file["terminals"] = file["timeouts"] = np.zeros(rows, bool)
+    return path
+
+
+def command(folder: Path, data: Path, *words: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--runs-dir", str(folder / "runs"), "--out", str(folder / "out"),
+            "--dataset-path", str(data), "--seeds", "2", "--tasks", "hopper-medium-v2", *words, *TINY]  # fmt: skip
+
+
+@contextmanager
+def started(words: list[str]) -> Iterator[subprocess.Popen]:
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A folder with the data and the finished runs of seeds 0 and 1, and what the command that made them said.
+
+    It was given walker2d too, to which the data do not fit.
+    """
+    folder = tmp_path_factory.mktemp("undisturbed")
+    words = command(folder, data_file(folder / "hopper.hdf5"), "walker2d-medium-v2", "--devices", "cpu")
+    return folder, subprocess.run(words, capture_output=True, text=True)
+
+
+def only_folder(folder: Path, seed: int) -> Path:
+    (found,) = (folder / "runs").glob(f"hopper-medium-v2__dql__{seed}__*")
+    return found
+
+
+def assert_same(folder: Path, other: Path, seed: int) -> None:
+    """The same metrics, times aside, and the same scores."""
+    rows, summaries = [], []
+    for path in (only_folder(folder, seed), only_folder(other, seed)):
+        with (path / "metrics.csv").open() as file:
+            rows.append([{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)])
+        summary = json.loads((path / "summary.json").read_text())
+        summaries.append({key: summary[key] for key in ("env_id", "seed", "num_updates", *table1.SCORES)})
+    assert len(rows[0]) == 12 and rows[0] == rows[1] and summaries[0] == summaries[1]  # steps 4, 8, 10, ... 40
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 300) -> object:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
+
+
+def in_mid_run(folder: Path, seed: int) -> bool:
+    """Whether that seed's run has a checkpoint and no summary."""
+    checkpoints = (folder / "runs").glob(f"hopper-medium-v2__dql__{seed}__*/checkpoint.pt")
+    return any(not path.with_name("summary.json").exists() for path in checkpoints)
+
+
+def trainers(folder: Path) -> list[tuple[int, int, str]]:
+    """(process, parent, command line) of each dql.py that has begun in a folder."""
+    lines = subprocess.run(["ps", "-eo", "pid,ppid,args", "-ww"], capture_output=True, text=True).stdout.splitlines()
+    found = [line.split(maxsplit=2) for line in lines if "dql.py" in line and str(folder) in line]
+    return [(int(pid), int(parent), words) for pid, parent, words in found]
+
+
+def starts(folder: Path, seed: int) -> list[str]:
+    """The updates from which that seed's run began and went on, by its log."""
+    log = (folder / "runs" / "logs" / f"hopper-medium-v2__{seed}.log").read_text()
+    return re.findall(r"updates (\d+) to 40", log)
+
+
+@linux
+def test_killed_and_started_again(undisturbed, tmp_path):
+    """Asked to stop in mid-run, then killed in mid-run: no process is left, and it ends as if nothing had been."""
+    folder, _ = undisturbed
+    words = command(tmp_path, folder / "hopper.hdf5", "--devices", "cpu", "--jobs-per-device", "1")
+    for seed, signum, code in ((0, signal.SIGTERM, 128 + signal.SIGTERM), (1, signal.SIGKILL, -signal.SIGKILL)):
+        with started(words) as process:
+            wait_until(lambda seed=seed: in_mid_run(tmp_path, seed))
+            process.send_signal(signum)
+            assert process.wait() == code
+        wait_until(lambda: not trainers(tmp_path), seconds=10)
+    written = only_folder(tmp_path, 0).joinpath("summary.json").stat().st_mtime_ns
+    with started(words) as process:
+        assert "1 job(s) to do" in process.communicate()[0] and process.returncode == 0
+    assert only_folder(tmp_path, 0).joinpath("summary.json").stat().st_mtime_ns == written
+    for seed in (0, 1):
+        assert len(starts(tmp_path, seed)) == 2 and int(starts(tmp_path, seed)[1]) >= 10
+        assert_same(tmp_path, folder, seed)
+
+
+@linux
+def test_ray_goes_on_where_a_worker_was_killed(undisturbed, tmp_path, monkeypatch):
+    ray, (folder, _) = pytest.importorskip("ray"), undisturbed
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine leaves its workers no time
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        address = ray.get_runtime_context().gcs_address
+        with started(command(tmp_path, folder / "hopper.hdf5", "--ray", address)) as process:
+            wait_until(lambda: in_mid_run(tmp_path, 1))
+            (worker,) = {parent for _, parent, words in trainers(tmp_path) if "--seed 1 " in words}
+            os.kill(worker, signal.SIGKILL)
+            out, err = process.communicate()
+    finally:
+        ray.shutdown()
+    assert process.returncode == 0 and "| hopper-medium-v2 | 2 | 40 |" in out, err
+    assert len(starts(tmp_path, 0)) == 1 and len(starts(tmp_path, 1)) == 2 and int(starts(tmp_path, 1)[1]) >= 10
+    for seed in (0, 1):
+        assert_same(tmp_path, folder, seed)
+
+
+def test_a_failing_job_takes_no_other_with_it(undisturbed):
+    folder, done = undisturbed
+    log = folder / "runs" / "logs" / "walker2d-medium-v2__0.log"
+    assert done.returncode == 1 and "| hopper-medium-v2 | 2 | 40 |" in done.stdout
+    assert "walker2d-medium-v2__0: exit code 2: dql.py: " in done.stderr and f"({log})" in done.stderr
+    assert done.stderr.count("\n") == 2 and "is it walker2d data?" in log.read_text()
+
+
+def test_quick_then_nothing_to_do(tmp_path):
+    words = [sys.executable, str(SCRIPT), "--quick", "--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path),
+             "--devices", "cpu"]  # fmt: skip
+    first = subprocess.run(words, capture_output=True, text=True)
+    assert first.returncode == 0 and "2 job(s) to do" in first.stdout
+    assert "| halfcheetah-demo-v0 | 2 | 24 |" in first.stdout
+    for name in ("table1.md", "table1.csv", "runs.csv"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "0 job(s) to do" in subprocess.run(words, capture_output=True, text=True).stdout
