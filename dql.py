@@ -52,7 +52,7 @@ from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -221,9 +221,10 @@ def with_settings(args: Args) -> Args:
     for names, good, wanted in (
         ("num_seeds num_updates batch_size num_steps average_every eval_every eval_episodes eval_candidates log_every "
          "checkpoint_every",
-         lambda v: v >= 1, "at least 1"),
+         lambda v: 1 <= v < 2**31, "at least 1 and below 2^31"),
+        ("num_steps num_seeds", lambda v: v <= 10_000, "at most 10,000"),
         ("eta grad_norm average_from eval_temperature offline_rank",
-         lambda v: 0 <= v < math.inf, "finite and at least 0"),
+         lambda v: 0 <= v < 1e18, "at least 0 and below 1e18"),
         ("seed", lambda v: 0 <= v < 2**31, "at least 0 and below 2^31"),
         ("learning_rate", lambda v: 0 < v < math.inf, "finite and above 0"),
         ("gamma tau average_decay", lambda v: 0 <= v <= 1, "between 0 and 1"),
@@ -577,25 +578,39 @@ class DiffusionQL:
         parts = {name: getattr(self, name).state_dict() for name in AGENT_PARTS}
         return {**parts, "step": self.step}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Into the tensors that are there, which a captured graph reads and writes."""
+        """Into the tensors that are there, which a captured graph reads and writes. Raises where it does not fit."""
         for name in AGENT_PARTS:
             part = getattr(self, name)
-            if isinstance(part, torch.optim.Adam) and part.state:
+            if isinstance(part, torch.optim.Adam):
                 load_moments(part, state[name])
             else:
-                part.load_state_dict(state[name])
-        self.step.copy_(state["step"])
+                own = part.state_dict()
+                if own.keys() != state[name].keys():
+                    raise ValueError(f"{name} has other parts")
+                for key, value in own.items():
+                    fill(value, state[name][key])
+        fill(self.step, state["step"])
 
 
-@torch.no_grad()
 def load_moments(optimizer: torch.optim.Adam, saved: dict) -> None:
-    """Adam.load_state_dict puts other tensors into the optimizer; this copies. State that saved lacks becomes 0."""
+    """Learning rate and moments, and nothing else that Adam.load_state_dict takes. What saved lacks becomes 0."""
     (group,) = optimizer.param_groups
-    group["lr"].copy_(saved["param_groups"][0]["lr"])
+    fill(group["lr"], saved["param_groups"][0]["lr"])
     for k, p in enumerate(group["params"]):
-        for name, value in optimizer.state[p].items():
-            value.copy_(saved["state"][k][name]) if saved["state"] else value.zero_()
+        if saved["state"] and p not in optimizer.state:  # as Adam begins it
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        for name, value in optimizer.state.get(p, {}).items():  # [p] would make an entry
+            fill(value, saved["state"][k][name]) if saved["state"] else value.zero_()
+
+
+def fill(tensor: Tensor, saved: Tensor) -> None:
+    """copy_, which by itself would broadcast, cut imaginary parts and make integers of fractions."""
+    if saved.shape != tensor.shape or saved.is_floating_point() != tensor.is_floating_point() or saved.is_complex():
+        raise ValueError(f"{saved.dtype} {tuple(saved.shape)} is not {tensor.dtype} {tuple(tensor.shape)}")
+    tensor.copy_(saved)
 
 
 def choose_device(name: str) -> torch.device:
@@ -763,11 +778,28 @@ def train(args: Args) -> dict:
 def read_args(folder: Path) -> Args:
     """The arguments of the run in a folder. Raises BadInput."""
     try:
+        if not (folder / "args.json").is_file():  # a pipe would be waited for
+            raise OSError("it has no file args.json")
         saved = json.loads((folder / "args.json").read_text())
         paths = [f.name for f in fields(Args) if f.type in (Path, Path | None)]
-        return with_settings(Args(**saved | {k: Path(saved[k]) for k in paths if saved[k] is not None}))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        args = Args(**saved | {k: Path(saved[k]) for k in paths if saved[k] is not None})
+        for f in fields(Args):
+            if not fits(getattr(args, f.name), f.type):
+                raise TypeError(f"{f.name} is {getattr(args, f.name)!r}")
+        return with_settings(args)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadInput(f"{folder} is not the folder of a run: {error}") from None
+
+
+def fits(value: object, kind: object) -> bool:
+    """Whether a value from JSON is of a field's type: a class, a word of Literal, or one of several."""
+    if get_args(kind):
+        return any(fits(value, one) for one in get_args(kind))
+    if not isinstance(kind, type):
+        return value == kind
+    if kind is float and type(value) is int:  # JSON writes 1.0 as it likes
+        return abs(value) < 2**63
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def resumed_args(given: Args) -> Args:

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -152,11 +153,28 @@ def finished(folder: Path, num_updates: int) -> dict | None:
 
 def read_checkpoint(folder: Path, device: torch.device) -> dict:
     """A run's last checkpoint, as `save` made it. Raises BadInput."""
+    path = folder / "checkpoint.pt"
+    kinds = {"agents": list, "generators": list, "progress": dict, "args": dict, "versions": dict, "device": str}
     try:
-        checkpoint = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
-        return {name: checkpoint[name] for name in ("agents", "generators", "progress", "args", "versions", "device")}
+        check_zip(path)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if not all(isinstance(checkpoint[name], kind) for name, kind in kinds.items()):
+            raise TypeError("its parts are not those of a checkpoint")
+        json.dumps([checkpoint["args"], checkpoint["versions"], checkpoint["progress"]["history"]])  # no tensors there
+        return {name: checkpoint[name] for name in kinds}
     except Exception as error:  # torch.load raises nearly anything on a damaged file
-        raise BadInput(f"{folder / 'checkpoint.pt'} cannot be read as a checkpoint: {reason(error)}") from None
+        raise BadInput(f"{path} cannot be read as a checkpoint: {reason(error)}") from None
+
+
+def check_zip(path: Path) -> None:
+    """Raises where torch.load would wait for a pipe, unpack more than the file holds, or take bytes that changed."""
+    if not path.is_file():
+        raise OSError("there is no such file")
+    with zipfile.ZipFile(path) as file:
+        if sum(record.file_size for record in file.infolist()) > path.stat().st_size:
+            raise ValueError("it claims more than it holds")
+        if damaged := file.testzip():
+            raise ValueError(f"{damaged} is damaged")
 
 
 def check_same_run(checkpoint: dict, folder: Path, args: Args, device: torch.device) -> None:
@@ -180,12 +198,26 @@ def restore(checkpoint: dict, folder: Path, agents: list[DiffusionQL], generator
         for agent, generator, state, numbers in zip(agents, generators, *parts, strict=True):
             agent.load_state_dict(state)
             generator.set_state(numbers.cpu())
+            for name in ("policy", "policy_ema", "critic", "critic_target"):
+                if not torch.nn.utils.get_total_norm(list(getattr(agent, name).parameters())).isfinite():
+                    raise ValueError(f"the parameters of {name} are not finite")
         now = Progress(**checkpoint["progress"])
+        check_history(now.history, len(agents))
         if not now.last_row() <= now.step == agents[0].step or now.sums.shape != (len(agents), len(LOSS_NAMES)):
             raise ValueError("its step is not that of its history")
         return now
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # torch raises nearly anything on what does not fit
         raise BadInput(f"{folder / 'checkpoint.pt'} is not of the run of its args.json: {reason(error)}") from None
+
+
+def check_history(history: list[list[dict]], num_seeds: int) -> None:
+    """Raises unless it holds, of each seed, rows of metrics.csv at the same rising steps."""
+    rows = [row for of_seed in history for row in of_seed]
+    numbers = all(isinstance(value, (int, float)) or value == "" for row in rows for value in row.values())
+    steps = [[row["step"] for row in of_seed] for of_seed in history]
+    rising = all(of_seed == sorted({*of_seed}) == steps[0] and min(of_seed, default=1) > 0 for of_seed in steps)
+    if len(history) != num_seeds or not numbers or not rising or any(row.keys() != {*METRICS} for row in rows):
+        raise ValueError("its history is not that of a run")
 
 
 # ----------------------------------------------------------------------------- stopping

@@ -12,10 +12,13 @@ import functools
 import gc
 import hashlib
 import http.server
+import io
 import itertools
 import json
 import math
+import operator
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -23,8 +26,14 @@ import sys
 import threading
 import time
 import types
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -964,7 +973,7 @@ def test_several_seeds_are_the_single_runs(tmp_path):
         names = [{p.name.split(".1")[0] for p in path.iterdir()} - {".lock"} for path in (own, alone)]
         assert names[0] == names[1]
         for a, b in zip(metrics(own), metrics(alone), strict=True):
-            for name in run_folder.LOSS_NAMES:  # 12 updates in float32, each of which amplifies the rounding of those before
+            for name in run_folder.LOSS_NAMES:  # in float32 each update amplifies the rounding of those before
                 assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3, abs=1e-4), name
         scores.append(json.loads((own / "summary.json").read_text())["last"]["score"])
         assert dql.load_policy(own, device="cpu")(np.zeros(11)).shape == (3,)
@@ -1093,6 +1102,476 @@ def bad_input(call, *words):
     for word in words:
         assert word in message, message
     return message
+
+
+# ----------------------------------------------------------------- hostile files
+
+WORKER = """
+import contextlib, hashlib, io, json, pathlib, re, resource, signal, sys, warnings
+import numpy as np
+import d4rl_tasks
+warnings.simplefilter("ignore")
+
+def load(path):
+    return d4rl_tasks.load_dataset("hopper-medium-v2", path)
+
+def act(folder):
+    import dql
+
+    actions = dql.load_policy(folder, device="cpu")(np.random.default_rng(0).standard_normal((9, 11)))
+    dql.train(dql.Args(resume=pathlib.Path(folder), device="cpu"))
+    return {"actions": actions}
+
+resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))  # what would eat the machine ends here
+for line in sys.stdin:
+    signal.alarm(60)  # kills what hangs
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            arrays = {"load": load, "act": act}[sys.argv[1]](json.loads(line))
+            parts = b"".join(arrays[name].tobytes() for name in sorted(arrays))
+            answer = "loaded", hashlib.sha256(parts).hexdigest()
+        except d4rl_tasks.BadInput as error:
+            answer = "refused", str(error)
+        except BaseException as error:
+            answer = "traceback", repr(error)
+    signal.alarm(0)
+    peak = re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())  # ru_maxrss begins at pytest's
+    print(json.dumps([*answer, int(peak[1]) * 1024]), flush=True)
+"""
+
+
+class Worker:
+    """Another process that loads files, told one at a time: it may die of one, hang, or take memory."""
+
+    def __init__(self, task: str):
+        command = [sys.executable, "-c", WORKER, task]
+        self.process = subprocess.Popen(command, cwd=HERE, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True)
+
+    def __call__(self, path) -> tuple[str, str, int]:
+        """(what came of it, the digest or the message, the largest memory until now in bytes)"""
+        print(json.dumps(str(path)), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        return tuple(json.loads(line)) if line else ("dead", f"exit status {self.process.wait()}", 0)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def outcomes(task: str, good, variants, right, mark: Path) -> Counter:
+    """Every variant (name, path, words) is refused in one line that names its file and has the words, or, where there
+    are none, may also be loaded, with the digest that right(path) gives. Memory never grows by more than twice the file
+    and 64 MiB: what zeros need that a file of any size may hold, 16 MiB a column (flags compress by 1000), or what a
+    first resume imports. mark, which a variant's code would make, is never there. Returns how many of each outcome."""
+    counts, wrong, worker = Counter(), [], Worker(task)
+    kind, digest, before = worker(good)
+    assert (kind, digest) == ("loaded", right(good)), digest
+    for name, path, words in variants:
+        kind, text, peak = worker(path)
+        counts[kind] += 1
+        one_line = "\n" not in text and len(text) < 2000 and all(word in text for word in (path.name, *words))
+        fine = one_line if kind == "refused" else kind == "loaded" and not words and text == right(path)
+        files = [path] if path.is_file() else path.glob("*") if path.is_dir() else []
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        if not fine or peak - before > 2 * size + 2**26 or mark.exists():
+            wrong.append((name, kind, text[:300], (peak - before) // 2**20, mark.exists()))
+            mark.unlink(missing_ok=True)
+            worker.stop()
+            worker = Worker(task)  # of the memory that this one took, or dead
+            before = worker(good)[2]
+    worker.stop()
+    assert not wrong, "\n".join(map(str, wrong))
+    return counts
+
+
+def broken_bytes(whole: bytes, rng: np.random.Generator, count: int):
+    """whole, cut off, or with bytes or a bit changed, zeros or a large number: mostly where its structure is."""
+    for k in range(count):
+        end = int(rng.choice([512, 2048, len(whole)]))
+        broken, place = bytearray(whole), int(rng.integers(min(end, len(whole)) - 9))
+        kind = ("cut", "bytes", "bits", "zeros", "large")[k % 5]
+        if kind == "cut":
+            del broken[int(rng.integers(len(whole))) :]
+        elif kind == "bytes":
+            for place in rng.integers(0, min(end, len(whole)), 4):
+                broken[place] = rng.integers(256)
+        elif kind == "bits":
+            broken[place] ^= 1 << int(rng.integers(8))
+        else:
+            run = bytes(int(rng.integers(1, 400))) if kind == "zeros" else bytes.fromhex("ffffffffffffff7f")
+            broken[place : place + len(run)] = run[: len(broken) - place]
+        yield f"{kind} {k}", bytes(broken)
+
+
+def wrong_columns() -> dict:
+    """What is in the file, and words of the refusal."""
+    zeros, nan, inf, big = np.zeros, np.zeros((6, 11)), np.zeros(6), np.zeros((6, 11))
+    nan[4, 2], inf[3], big[2, 2] = np.nan, -np.inf, 1e300
+    without = {name: {k: v for k, v in rows_of(6).items() if k != name} for name in rows_of(6)}
+    changes = {
+        "narrow states": ("observations", zeros((6, 10)), ["(6, 10)", "(6, 11)", "hopper"]),
+        "wide actions": ("actions", zeros((6, 4)), ["(6, 4)", "(6, 3)"]),
+        "flat states": ("observations", zeros(66), ["(66,)"]),
+        "states of three axes": ("observations", zeros((6, 11, 1)), ["(6, 11, 1)"]),
+        "scalar": ("observations", np.float32(3), ["()"]),
+        "short actions": ("actions", zeros((5, 3)), ["(5, 3)"]),
+        "short rewards": ("rewards", zeros(5), ["(5,)"]),
+        "long timeouts": ("timeouts", zeros(7, bool), ["(7,)"]),
+        "two rewards": ("rewards", zeros((6, 2)), ["(6, 2)"]),
+        "nan": ("observations", nan, ["of row 4", "not finite"]),
+        "inf": ("rewards", inf, ["of row 3", "not finite"]),
+        "more than float32": ("observations", big, ["of row 2", "not finite"]),
+        "more than float16": ("rewards", np.array([0, 0, 0, np.inf, 0, 0], "f2"), ["of row 3"]),
+        "nan terminal": ("terminals", np.array([0, 0, np.nan, 0, 0, 0]), ["of row 2"]),
+        "nan timeout": ("timeouts", np.array([0, 0, np.nan, 0, 0, 0]), ["of row 2"]),
+        "unscaled actions": ("actions", np.full((6, 3), -30.0), ["reach 30", "[-1, 1]"]),
+        **{f"type {t}": ("rewards", zeros(6, t), ["numbers"]) for t in ("S1", "c8", "c16", "V3", [("a", "f4")])},
+        **{f"fine {t}": ("rewards", zeros(6, t), []) for t in (">f8", "f2", "g", "u8", ">i2", "?")},
+        **{f"flags {t}": ("terminals", np.arange(6).astype(t), []) for t in (">f8", "f2", "g", "u8", ">i2", "?")},
+    }  # fmt: skip
+    table = {name: (rows_of(6) | {key: values}, words and [key, *words])
+             for name, (key, values, words) in changes.items()}  # fmt: skip
+    table |= {f"no {name}": (columns, [f"has no {name}"]) for name, columns in without.items()}
+    all_ends = rows_of(6) | {"timeouts": np.ones(6, bool)}
+    return table | {"nothing": ({}, ["has no observations"]), "all timeouts": (all_ends, ["no transition"]),
+                    "no row": (rows_of(0), ["no transition"]),
+                    "one row": (rows_of(1), ["no transition"]), "two rows": (rows_of(2), [])}  # fmt: skip
+
+
+def wrong_rewards(folder: Path) -> dict:
+    """What makes the rewards of an open file, and words of the refusal."""
+    import h5py
+
+    other, rows = write(folder / "other.hdf5", rows_of(6)), {"shape": 6, "dtype": "f4"}
+    os.mkfifo(folder / "fifo")
+    (folder / "raw").write_bytes(bytes(24))
+    layout = h5py.VirtualLayout((6,), "f4")
+    layout[:] = h5py.VirtualSource(other, "rewards", (6,))
+    links = {"soft": h5py.SoftLink("/actions"), "dangling": h5py.SoftLink("/no"), "itself": h5py.SoftLink("rewards"),
+             "external": h5py.ExternalLink(other, "rewards"), "no file": h5py.ExternalLink("/no/file", "rewards"),
+             "fifo": h5py.ExternalLink(folder / "fifo", "rewards"), "type": np.dtype("f4")}  # fmt: skip
+
+    def bomb(file, shape, chunk):
+        column = file.create_dataset("rewards", shape, "f4", chunks=(chunk,), maxshape=(None,), compression="gzip")
+        zeros = zlib.compress(bytes(4 * chunk), 1)
+        for start in range(0, shape, chunk):
+            column.id.write_direct_chunk((start,), zeros)
+
+    def unknown_filter(file):
+        plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plan.set_chunk((6,))
+        plan.set_filter(32000, h5py.h5z.FLAG_OPTIONAL, ())
+        space = h5py.h5s.create_simple((6,))
+        h5py.h5d.create(file.id, b"rewards", h5py.h5t.IEEE_F32LE, space, plan).write_direct_chunk((0,), bytes(24))
+
+    def external(path):
+        return lambda file: file.create_dataset("rewards", **rows, external=[(path, 0, 24)])
+
+    return {
+        **{f"link {k}": (lambda file, to=to: file.__setitem__("rewards", to), ["link"]) for k, to in links.items()},
+        "group": (lambda file: file.create_group("rewards"), ["group"]),
+        "void": (lambda file: file.create_dataset("rewards", data=h5py.Empty("f4")), ["void"]),
+        "virtual": (lambda file: file.create_virtual_dataset("rewards", layout), ["link"]),
+        **{f"outside {name}": (external(str(folder / name)), ["link"]) for name in ("raw", "fifo", "nowhere")},
+        "strings": (lambda file: file.create_dataset("rewards", data=["one"] * 6), ["numbers"]),
+        "ragged": (lambda file: file.create_dataset("rewards", 6, h5py.vlen_dtype(np.float32)), ["numbers"]),
+        "references": (lambda file: file.create_dataset("rewards", 6, h5py.ref_dtype), ["numbers"]),
+        "enumeration": (lambda file: file.create_dataset("rewards", 6, h5py.enum_dtype({"a": 1})), []),
+        "rows of two": (lambda file: file.create_dataset("rewards", 6, np.dtype(("f4", 2))), ["rewards"]),
+        "unknown filter": (unknown_filter, []),
+        "bomb of chunks": (lambda file: bomb(file, 10**8, 10**6), ["claims 400,000,000 bytes"]),
+        "bomb in a chunk": (lambda file: bomb(file, 6, 5 * 10**7), ["claims 200,000,000 bytes"]),
+        **{f"claim {n:.0e} {chunks}": (lambda file, n=n, c=chunks: file.create_dataset("rewards", n, "f4", chunks=c),
+                                       ["claims"]) for n in (10**7, 10**12, 2**56) for chunks in (None, (1000,))},
+        "claim of pieces": (lambda file: file.create_dataset("rewards", 300_000, "f4", chunks=(1,)), ["claims"]),
+        "small claim": (lambda file: file.create_dataset("rewards", 6, "f4", chunks=(3,)), []),
+    }  # fmt: skip
+
+
+def broken_data(folder: Path):
+    """(name, path, words) of files that are not, or hardly, D4RL's."""
+    import h5py
+
+    path, rest = folder / "broken.hdf5", {name: values for name, values in rows_of(6).items() if name != "rewards"}
+    for name, (columns, words) in wrong_columns().items():
+        yield name, write(path, columns), words
+    for name, (make, words) in wrong_rewards(folder).items():
+        with h5py.File(write(path, rest), "a") as file:
+            make(file)
+        yield name, path, words and ["rewards", *words]
+    yield "zeros that a small file may hold", write(path, {
+        name: np.zeros((180_000, *values.shape[1:])) for name, values in rows_of(1).items()
+    }, compression="gzip"), []  # fmt: skip
+    many = {name: np.zeros((10**6, *values.shape[1:])) for name, values in rows_of(1).items()}
+    yield "bomb of rows", write(path, many, compression="gzip"), ["claims"]
+    whole = write(path, rows_of(300), compression="gzip").read_bytes()
+    path.write_bytes(whole.replace(b"\x01\0\x08\0\x01\0\x01\0deflate", b"\0\x7d\x08\0\0\0\x01\0deflate"))
+    yield "missing filter", path, ["HDF5"]
+    texts = {"empty": b"", "text": b"not HDF5 at all\n" * 99, "head": whole[:100], "pickle": b"\x80\x04."}
+    for name, content in texts.items():
+        path.write_bytes(content)
+        yield name, path, ["HDF5"]
+    (folder / "folder").mkdir()
+    (folder / "loop").symlink_to("loop")
+    for name, words in {"none": ["not exist"], "folder": ["inari"], "fifo": ["not a file"], "loop": []}.items():
+        yield name, folder / name, words
+    yield "device", Path(os.devnull), ["not a file"]
+    yield "zeros", Path("/dev/zero"), ["not a file"]
+    yield "no user", Path("~no-such-user/d.hdf5"), ["not exist"]
+    yield "name with a nought", Path("a\0b"), ["HDF5"]
+    flags = rows_of(200) | {"timeouts": np.arange(200) % 50 == 49}
+    layouts = {}, {"chunks": True}, {"compression": "gzip"}, {"compression": "lzf", "fletcher32": True}
+    for seed, options in enumerate(layouts):
+        whole = write(path, flags, **options).read_bytes()
+        for name, content in broken_bytes(whole, np.random.default_rng(seed), 45):
+            path.write_bytes(content)
+            yield f"{name} {options}", path, []
+
+
+def read_plainly(path: Path) -> str:
+    """The digest of the plain loop on what h5py reads."""
+    import h5py
+
+    with h5py.File(path) as file:
+        return digest(plain_loop({name: column[...] for name, column in file.items()}, 1000))
+
+
+def test_broken_data_are_refused_or_read(tmp_path, capsys):
+    pytest.importorskip("h5py")
+    good = write(tmp_path / "good.hdf5", rows_of(300))
+    counts = outcomes("load", good, broken_data(tmp_path), read_plainly, tmp_path / "mark")
+    with capsys.disabled():
+        print(f"\n{counts.total()} data files: {dict(counts)}")
+    assert counts["refused"] > 100 and counts["loaded"] > 30
+
+
+class Marker:
+    """What its pickle runs when it is loaded: it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mknod, (str(self.path),)
+
+
+def broken_args(good: dict):
+    """(name, text of args.json, words)."""
+    wrong = {
+        "num_steps": (0, -1, 2.5, True, "2", None, [2], 10**8, 10**400), "seed": (-1, 1.5, None, 2**63, "x"),
+        "eta": ("1", True, math.nan, math.inf, -1.0, 10**400), "learning_rate": (0, True, "3e-4", 10**400),
+        "num_seeds": (0, 1.5, True, 10**9), "schedule": ("sigmoid", 3, None, ["vp"]), "reward": ("foo", 1),
+        "env_id": ("x", 3, None, ["a"], {}, "x" * 10**5, "a\nb", "\udcff"), "gamma": (None, 2, math.nan),
+        "batch_size": (2.5, 10**12), "eval_candidates": (2.5, 10**12), "max_q_backup": ("x", 7), "device": (3, None),
+        "compile": ("x", 1), "env_backend": ("x", None), "runs_dir": (3, None, []), "resume": (3, {}),
+        "num_updates": (1.5, 10**30), "offline_rank": (0.5,), "average_from": (10**30,), "no_such_flag": (1,),
+        "lr_decay": ("no",),
+    }  # fmt: skip
+    for name, values in wrong.items():
+        for k, value in enumerate(values):
+            yield f"{name} {k}", json.dumps(good | {name: value}), []
+    whole = json.dumps(good)
+    texts = {"empty": "", "half": whole[:100], "list": "[]", "null": "null", "number": "7", "deep": "[" * 10**5,
+             "digits": whole.replace('"seed": 0', '"seed": ' + "9" * 5000), "binary": "\0\x80"}  # fmt: skip
+    for name, text in texts.items():
+        yield f"args {name}", text, ["not the folder of a run"]
+
+
+def broken_states(good: dict, mark: Path):
+    """(name, checkpoint, words): every kind of value in every kind of place."""
+    weight, moments = ("agents", 0, "policy", "output.weight"), ("agents", 0, "policy_opt", "state", 0)
+    group, row = ("agents", 0, "policy_opt", "param_groups", 0), ("progress", "history", 0, 0)
+    shape = good["agents"][0]["policy"]["output.weight"].shape
+    vast = torch.zeros(1, dtype=torch.float16).expand(10**6, 10**6)
+    nan, whole, phase = (torch.full(shape, value) for value in (math.nan, 1, 1j))
+    values = {
+        weight: (vast, nan, whole, phase, nan[:2], nan[0, 0], whole.to_sparse(), None, "x", Marker(mark)),
+        (*moments, "exp_avg"): (vast, phase, nan[:2], nan[0, 0], None, "x"), (*moments, "step"): (vast, "x", nan),
+        (*group, "lr"): (vast, "fast", None, nan), ("agents", 0, "step"): (vast, nan, torch.tensor([2, 2])),
+        ("generators", 0): (vast, torch.zeros(5056, dtype=torch.uint8), torch.zeros(3), None),
+        ("agents", 0, "policy_opt"): ([1], None, {}), ("agents", 0): (None, {}, []),
+        ("progress", "history"): ([], [[], []], [[{"step": 2}]], [[7]], None), (*row, "step"): (0, -2, vast, "x"),
+        (*row, "score"): ("x", None, vast, []), ("progress", "sums"): (vast, None, nan), ("progress", "step"): (7, "x"),
+        **{(name,): (None, 7, [], {}, "x", vast) for name in good},
+    }  # fmt: skip
+    for (*place, last), wrong in values.items():
+        for k, value in enumerate(wrong):
+            broken = copy.deepcopy(good)
+            at = functools.reduce(operator.getitem, place, broken)
+            at[last] = value
+            free = last == "device" or (last in ("versions", "args") and value == {})
+            yield f"{'.'.join(map(str, [*place, last]))} {k}", broken, [] if free else ["checkpoint.pt"]
+    for place in (group, moments):
+        broken = copy.deepcopy(good)
+        functools.reduce(operator.getitem, place, broken).clear()
+        yield f"{place[-2]} of nothing", broken, ["checkpoint.pt"]
+
+
+def broken_zips(good: bytes):
+    """(name, bytes, words): records of the archive torn, missing, or of more than the file holds."""
+
+    def again(change, kind=zipfile.ZIP_STORED):
+        old, new = zipfile.ZipFile(io.BytesIO(good)), io.BytesIO()
+        with zipfile.ZipFile(new, "w", kind) as file:
+            for name in old.namelist():
+                if (content := change(name, old.read(name))) is not None:
+                    file.writestr(name, content)
+        return new.getvalue()
+
+    def first(content):
+        return lambda name, old: content(old) if name.endswith("data/0") else old
+
+    yield "short record", again(first(lambda old: old[:10])), ["checkpoint.pt"]
+    yield "long record", again(first(lambda old: old * 3)), ["checkpoint.pt"]
+    yield "no record", again(first(lambda old: None)), ["checkpoint.pt"]
+    yield "record of zeros", again(first(lambda old: bytes(10**9)), zipfile.ZIP_DEFLATED), ["claims more"]
+    yield "claims in the pickle", again(lambda name, old: old.replace(b"M\0\3", b"J\0\0\0\x10")), ["checkpoint.pt"]
+    yield "written again", again(lambda name, old: old), []
+
+
+def broken_runs(folder: Path, run: Path, mark: Path):
+    """(name, folder, words) of runs, of which args.json or checkpoint.pt is not what was written."""
+    path, args, summary = run / "checkpoint.pt", run / "args.json", run / "summary.json"
+    whole, whole_args = path.read_bytes(), args.read_text()
+    good = torch.load(path, weights_only=True)
+    for name, text, words in broken_args(json.loads(whole_args)):
+        args.write_text(text)
+        yield name, run, words
+    args.write_text(whole_args)
+
+    def contents():
+        yield from broken_zips(whole)
+        yield from ((*of, []) for of in broken_bytes(whole, np.random.default_rng(0), 20))
+        for name, value in {"a mark": Marker(mark), "a dict": {"agents": []}, "a tensor": torch.zeros(3)}.items():
+            yield f"pickle of {name}", pickle.dumps(value), ["cannot be read as a checkpoint"]
+            for new in (False, True):
+                file = io.BytesIO()
+                torch.save(value, file, _use_new_zipfile_serialization=new)
+                yield f"{name} in torch's {'new' * new} way", file.getvalue(), ["cannot be read as a checkpoint"]
+        for name, value, words in broken_states(good, mark):
+            file = io.BytesIO()
+            torch.save(value, file)
+            yield name, file.getvalue(), words
+
+    for name, content, words in contents():
+        summary.unlink(missing_ok=True)
+        path.write_bytes(content)
+        yield name, run, words
+    for file, content in ((path, whole), (args, whole_args.encode())):
+        file.unlink()
+        yield f"no {file.name}", run, [file.name]
+        for make in (os.mkfifo, os.mkdir):
+            make(file)
+            yield f"{make.__name__} {file.name}", run, [file.name]
+            file.unlink() if make is os.mkfifo else file.rmdir()
+        file.write_bytes(content)
+    yield "no folder", folder / "no-such-run", ["not the folder of a run"]
+
+
+@run_wanted
+def test_broken_runs_are_refused_or_act_as_the_whole_one(tmp_path, capsys):
+    """By load_policy, and then by --resume."""
+    run, mark = Path(dql.train(tiny_args(tmp_path, num_updates=2))["folder"]), tmp_path / "mark"
+    (run / "summary.json").unlink()
+    actions = dql.load_policy(run, device="cpu")(np.random.default_rng(0).standard_normal((9, 11)))
+    counts = outcomes("act", run, broken_runs(tmp_path, run, mark), lambda path: digest({"actions": actions}), mark)
+    with capsys.disabled():
+        print(f"\n{counts.total()} runs: {dict(counts)}")
+    assert counts["refused"] > 150
+
+
+NUMBERS = ["nan", "inf", "-inf", "1e400", "-1e400", "1e-400", "-0", "0", "0.0", "1", "7", "-1", "0.5", "1.5", "0x10",
+           "1_0", "9" * 400, "9" * 5000, "2147483648", "٣", "None", "True", "False"]  # fmt: skip
+WORDS = [*NUMBERS, "", " ", "\n", "─│", "\udcff", "\0", "--", "-", "-x", "@x", "{}", "auto", *TASKS, "vp", "none",
+         "standardize", "d4rl", "--no-such-flag", "--=", "--help=1"]  # fmt: skip
+FLAGS = [f"--{no}{f.name.replace('_', '-')}" for f in fields(Args) for no in ("", "no-")]
+BOUNDS = [
+    (1, 2**31 - 1, "num_updates batch_size average_every eval_every eval_episodes eval_candidates log_every"),
+    (1, 10_000, "num_steps num_seeds"), (0, 2**31 - 1, "seed"), (0, 10**18 - 1, "average_from offline_rank"),
+    (0.0, 1e18, "eta grad_norm eval_temperature"), (1e-300, 1e300, "learning_rate"),
+    (0.0, 1.0, "gamma tau average_decay"),
+]  # fmt: skip
+
+
+def fuzz(check: Callable, examples: int, *strategies) -> None:
+    """check(...) of what hypothesis draws, the same at every call."""
+    hypothesis = pytest.importorskip("hypothesis")
+    hypothesis.settings(deadline=None, max_examples=examples, derandomize=True)(hypothesis.given(*strategies)(check))()
+
+
+def test_any_command_line_gives_sound_arguments_or_one_line():
+    st = pytest.importorskip("hypothesis.strategies")
+
+    def check(triples):
+        argv = [word for flag, by, value in triples
+                for word in {"": [flag], " ": [flag, value], "=": [f"{flag}={value}"]}[by]]  # fmt: skip
+        try:
+            args = dql.with_settings(dql.parse(argv))
+        except BadInput as error:
+            assert len(str(error).splitlines()) == 1 and len(str(error)) < 2000
+            return
+        for low, high, names in BOUNDS:
+            for name in names.split():
+                value = getattr(args, name)
+                assert low <= value <= high and type(value) is type(low), (name, value)
+        assert args.env_id in TASKS and args.schedule in ("vp", "linear", "cosine") and args.reward is not None
+        assert dql.with_settings(args) == args
+
+    by = st.sampled_from(["", " ", "="])
+    fuzz(check, 150, st.lists(st.tuples(st.sampled_from(FLAGS), by, st.sampled_from(WORDS)), max_size=5))
+
+
+def test_arguments_come_back_from_the_command_line():
+    st = pytest.importorskip("hypothesis.strategies")
+    paths = st.text("ab/. _é", min_size=1).map(Path)
+    sound = {"dataset_path": paths, "runs_dir": paths, "resume": paths, "env_id": st.sampled_from([*TASKS])}
+    for low, high, names in BOUNDS:
+        numbers = st.floats(low, high) if isinstance(low, float) else st.integers(low, high)
+        sound |= dict.fromkeys(names.split(), numbers)
+    for f in fields(Args):
+        if bool in (f.type, *get_args(f.type)):
+            sound[f.name] = st.booleans()
+
+    def check(args):
+        argv = []
+        for f in fields(Args):
+            flag, value = f"--{f.name.replace('_', '-')}", getattr(args, f.name)
+            argv += [flag if value else flag.replace("--", "--no-")] if f.type is bool else [flag, str(value)]
+        assert dql.parse(argv) == args
+
+    fuzz(check, 100, st.builds(Args, **sound))
+
+
+def random_pen_file(draw, st):
+    """(columns, options of their data sets) of a pen file: any pattern of ends, shape, type and layout."""
+    n, rng = draw(st.integers(2, 260)), np.random.RandomState(draw(st.integers(0, 2**32 - 1)))
+    ends = st.lists(st.integers(0, n - 1), max_size=12).map(lambda rows: np.isin(np.arange(n), rows))
+    columns = {"observations": rng.standard_normal((n, 45)), "actions": rng.uniform(-1, 1, (n, 24)),
+               "rewards": rng.standard_normal(n), "terminals": draw(ends)}  # fmt: skip
+    if draw(st.booleans()):
+        columns["timeouts"] = draw(ends)
+    for name in columns:
+        flag = name in ("terminals", "timeouts")
+        dtypes = ["?", "u1", ">i8", "f4"] if flag else ["f2", "f4", "f8", ">f4"]
+        columns[name] = columns[name].astype(draw(st.sampled_from(dtypes)))
+        if columns[name].ndim == 1 and draw(st.booleans()):
+            columns[name] = columns[name].reshape(n, 1)
+    layouts = {}, {"chunks": True}, {"compression": "gzip"}, {"compression": "lzf", "shuffle": True, "fletcher32": True}
+    return columns, draw(st.sampled_from(layouts))
+
+
+def test_loader_equals_a_plain_loop_on_any_file(tmp_path):
+    st = pytest.importorskip("hypothesis.strategies")
+
+    def check(drawn):
+        columns, options = drawn
+        path = write(tmp_path / "any.hdf5", columns, **options)
+        if "timeouts" in columns and columns["timeouts"][:-1].all():
+            bad_input(lambda: load_dataset("pen-human-v1", path), "no transition")
+        else:
+            same(load_dataset("pen-human-v1", path), plain_loop(columns, 100))
+
+    fuzz(check, 200, st.composite(random_pen_file)(st))
 
 
 # ------------------------------------------------------------------------------------------------ d4rl_tasks: the table
@@ -1300,162 +1779,30 @@ def test_demo_data_are_read_from_beside_the_module(tmp_path, monkeypatch):
     bad_input(lambda: load_dataset("halfcheetah-demo-v0"), "gone.hdf5", "does not exist")
 
 
-def change(**columns):
-    return rows_of(6) | columns
-
-
-def numbers(n, dtype):
-    return np.zeros(n, dtype)
-
-
-NAN, INF, BIG = np.zeros((6, 11)), np.zeros(6), np.zeros((6, 11))
-NAN[4, 2], INF[3], BIG[2, 2] = np.nan, -np.inf, 1e300
-HOSTILE = {  # what is in the file, and words of the error
-    "no rewards": ({k: v for k, v in rows_of(6).items() if k != "rewards"}, ["has no rewards"]),
-    "empty file": ({}, ["has no observations"]),
-    "narrow states": (change(observations=np.zeros((6, 10))), ["observations", "(6, 10)", "(6, 11)", "hopper"]),
-    "wide actions": (change(actions=np.zeros((6, 4))), ["actions", "(6, 4)", "(6, 3)"]),
-    "flat states": (change(observations=np.zeros(66)), ["observations"]),
-    "states of three axes": (change(observations=np.zeros((6, 11, 1))), ["(6, 11, 1)"]),
-    "scalar": (change(observations=np.float32(3)), ["observations"]),
-    "short actions": (change(actions=np.zeros((5, 3))), ["actions", "(5, 3)"]),
-    "short rewards": (change(rewards=np.zeros(5)), ["rewards", "(5,)"]),
-    "long timeouts": (change(timeouts=np.zeros(7, bool)), ["timeouts", "(7,)"]),
-    "two rewards": (change(rewards=np.zeros((6, 2))), ["rewards", "(6, 2)"]),
-    "nan": (change(observations=NAN), ["observations of row 4", "not finite"]),
-    "inf": (change(rewards=INF), ["rewards of row 3", "not finite"]),
-    "more than float32": (change(observations=BIG), ["observations of row 2", "not finite"]),
-    "nan terminal": (change(terminals=np.array([0, 0, np.nan, 0, 0, 0])), ["terminals of row 2"]),
-    "unscaled actions": (change(actions=np.full((6, 3), -30.0)), ["actions reach 30", "[-1, 1]"]),
-    "strings": (change(rewards=np.array([b"a"] * 6)), ["rewards", "numbers"]),
-    "complex": (change(rewards=numbers(6, "c8")), ["rewards", "numbers"]),
-    "compound": (change(rewards=numbers(6, [("a", "f4")])), ["rewards", "numbers"]),
-    "no row": (rows_of(0), ["no transition"]),
-    "one row": (rows_of(1), ["no transition"]),
-    "all timeouts": (change(timeouts=np.ones(6, bool)), ["no transition"]),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_data_that_are_not_the_tasks_are_refused(tmp_path, name):
-    columns, words = HOSTILE[name]
-    bad_input(lambda: load_dataset(HOPPER, write(tmp_path / "bad.hdf5", columns)), "bad.hdf5", *words)
-
-
 def test_actions_a_little_beyond_one_are_read_as_d4rl_reads_them(tmp_path):
     path = write(tmp_path / "d.hdf5", rows_of(6) | {"actions": np.full((6, 3), 1.2, np.float32)})
     with pytest.warns(UserWarning, match=r"actions reach 1\.2"):
         assert load_dataset(HOPPER, path)["actions"].max() == np.float32(1.2)
 
 
-def test_data_of_ragged_or_python_objects_are_refused(tmp_path):
-    h5py = pytest.importorskip("h5py")
-    path = write(tmp_path / "bad.hdf5", {k: v for k, v in rows_of(6).items() if k != "rewards"})
-    with h5py.File(path, "a") as file:
-        ragged = file.create_dataset("rewards", 6, dtype=h5py.vlen_dtype(np.float32))
-        ragged[0] = np.zeros(3)
-    bad_input(lambda: load_dataset(HOPPER, path), "rewards", "numbers")
-    with h5py.File(path, "a") as file:
-        del file["rewards"]
-        file.create_dataset("rewards", data=["one"] * 6, dtype=h5py.string_dtype())
-    bad_input(lambda: load_dataset(HOPPER, path), "rewards", "numbers")
-    with h5py.File(path, "a") as file:
-        del file["rewards"]
-        file.create_group("rewards")
-    bad_input(lambda: load_dataset(HOPPER, path), "rewards", "group")
-
-
 def test_data_of_integers_and_single_flags_are_read(tmp_path):
-    columns = change(rewards=np.arange(6), actions=np.ones((6, 3), np.int8), terminals=np.array([0, 0, 2, 0, 0, 0]))
+    columns = rows_of(6) | {"rewards": np.arange(6), "actions": np.ones((6, 3), np.int8)}
+    columns["terminals"] = np.array([0, 0, 2, 0, 0, 0])
     data = load_dataset(HOPPER, write(tmp_path / "d.hdf5", columns))
     assert data["rewards"].tolist() == [0, 1, 2, 3, 4] and data["rewards"].dtype == np.float32
     assert data["terminals"].tolist() == [False, False, True, False, False]
 
 
-def test_paths_that_are_no_data_files_are_refused(tmp_path):
-    good = write(tmp_path / "good.hdf5", rows_of(2000)).read_bytes()
-    bad_input(lambda: load_dataset(HOPPER, tmp_path / "none.hdf5"), "none.hdf5", "does not exist")
-    bad_input(lambda: load_dataset(HOPPER, tmp_path), str(tmp_path), "inari")
-    bad_input(lambda: load_dataset(HOPPER, "~no-such-user/d.hdf5"), "does not exist")
-    bad_input(lambda: load_dataset(HOPPER, "a\0b"), "HDF5")
-    os.mkfifo(tmp_path / "fifo")
-    bad_input(lambda: load_dataset(HOPPER, tmp_path / "fifo"), "not a file")
-    bad_input(lambda: load_dataset(HOPPER, os.devnull), "not a file")
-    bad = tmp_path / "bad.hdf5"
-    for content in (b"", b"not HDF5 at all\n" * 99, good[:100], good[: len(good) // 2], good[:-1]):
-        bad.write_bytes(content)
-        bad_input(lambda: load_dataset(HOPPER, bad), "bad.hdf5", "HDF5")
-
-
-def test_damaged_files_are_refused_or_read(tmp_path):
-    """Bytes of the file's structure overwritten: BadInput or arrays of the right shapes, and nothing else."""
-    path, good = tmp_path / "d.hdf5", write(tmp_path / "g.hdf5", rows_of(40), compression="gzip").read_bytes()
-    rng, refused = np.random.default_rng(0), 0
-    for _ in range(300):
-        damaged = bytearray(good)
-        for place in rng.integers(0, len(good), 3):
-            damaged[place] = rng.integers(256)
-        path.write_bytes(damaged)
-        try:
-            data = load_dataset(HOPPER, path)
-            assert data["observations"].shape == data["next_observations"].shape == (len(data["rewards"]), 11)
-        except BadInput:
-            refused += 1
-    assert 30 < refused < 300
-
-
-def test_claims_that_a_file_cannot_hold_are_refused_before_they_are_read(tmp_path):
-    h5py = pytest.importorskip("h5py")
-
-    def claim(n, chunks):
-        path = tmp_path / "claim.hdf5"
-        with h5py.File(path, "w") as file:
-            for name, shape in {"observations": (n, 11), "actions": (n, 3), "rewards": (n,), "terminals": (n,)}.items():
-                size = chunks[: len(shape)] if chunks else None
-                file.create_dataset(name, shape, "f4", chunks=size)
-        return path
-
-    start = time.monotonic()
-    for n, chunks in itertools.product((10**7, 10**12, 2**56), (None, (1000, 1))):
-        bad_input(lambda n=n, chunks=chunks: load_dataset(HOPPER, claim(n, chunks)), "claims")
-    bad_input(lambda: load_dataset(HOPPER, claim(300_000, (1, 1))), "claims")  # small, but of millions of pieces
-    bomb = {name: np.zeros((10**6, *values.shape[1:])) for name, values in rows_of(1).items()}
-    write(tmp_path / "bomb.hdf5", bomb, compression="gzip")
-    bad_input(lambda: load_dataset(HOPPER, tmp_path / "bomb.hdf5"), "claims")
-    assert time.monotonic() - start < 10
-    assert not load_dataset(HOPPER, claim(1000, (100, 3)))["observations"].any()  # unwritten, but small: zeros, by HDF5
-
-
-def test_links_are_not_followed(tmp_path):
-    h5py = pytest.importorskip("h5py")
-    other = write(tmp_path / "other.hdf5", rows_of(6))
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "raw").write_bytes(bytes(6 * 4))
-    layout = h5py.VirtualLayout((6,), "f4")
-    layout[:] = h5py.VirtualSource(other, "rewards", (6,))
-    links = {
-        "soft": lambda file: file.__setitem__("rewards", h5py.SoftLink("/actions")),
-        "external": lambda file: file.__setitem__("rewards", h5py.ExternalLink(other, "rewards")),
-        "fifo": lambda file: file.__setitem__("rewards", h5py.ExternalLink(tmp_path / "fifo", "rewards")),
-        "dangling": lambda file: file.__setitem__("rewards", h5py.SoftLink("/nowhere")),
-        "virtual": lambda file: file.create_virtual_dataset("rewards", layout),
-        "storage": lambda file: file.create_dataset("rewards", 6, "f4", external=[(str(tmp_path / "raw"), 0, 24)]),
-    }
-    for name, link in links.items():
-        path = write(tmp_path / f"{name}.hdf5", {k: v for k, v in rows_of(6).items() if k != "rewards"})
-        with h5py.File(path, "a") as file:
-            link(file)
-        bad_input(lambda path=path: load_dataset(HOPPER, path), "rewards", "link")
-
-
 def test_a_million_rows_load_in_seconds_and_little_memory(tmp_path):
     n, code = 1_000_000, """
-import resource, sys, time, h5py, torch, d4rl_tasks, dql
+import pathlib, re, sys, time, h5py, torch, d4rl_tasks, dql
+def peak():  # ru_maxrss begins at pytest's
+    return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 device = dql.choose_device("auto")
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+before, start = peak(), time.monotonic()
 batch = dql.make_batch(d4rl_tasks.load_dataset("halfcheetah-medium-v2", sys.argv[1]), "none", device)
 assert len(batch.reward) == 999_000 and batch.state.device == device
-print(time.monotonic() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"""
+print(time.monotonic() - start, (peak() - before) * 1024)"""
     columns = rows_of(n, 0, 17, 6)
     size = sum(values.nbytes for values in columns.values())
     path = write(tmp_path / "large.hdf5", columns)

@@ -232,8 +232,9 @@ def main() -> None:
             folder.mkdir()
             if case == "memory":
                 n = args.memory_updates
-                long = {"num_updates": n, "batch_size": 4, "num_steps": 1, "log_every": 1000, "checkpoint_every": 5000,
-                        "eval_every": n // 50}  # fmt: skip
+                # cloning, for an update with critics takes four times as long
+                long = {"num_updates": n, "batch_size": 4, "num_steps": 1, "eta": 0.0, "eval_candidates": 1,
+                        "log_every": 1000, "checkpoint_every": 5000, "eval_every": n // 50}  # fmt: skip
                 results["memory"] = watch_memory(tiny_args(folder, **long), folder)
             elif case == "overhead":
                 results["overhead"] = overhead(folder)
