@@ -48,7 +48,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -77,6 +77,7 @@ from run_folder import (
     read_checkpoint,
     reason,
     restore,
+    restore_agents,
     save,
     seed_folders,
     start_folder,
@@ -212,6 +213,8 @@ SETTINGS = {
 def with_settings(args: Args) -> Args:
     """args with every None that the task's settings answer filled in. Raises BadInput where a value makes no sense."""
     task_of(args.env_id)
+    if args.dataset_path:
+        args = replace(args, dataset_path=args.dataset_path.resolve())  # a resumed run may have another folder
     settings = SETTINGS[args.env_id]._asdict()
     args = replace(args, **{k: v for k, v in settings.items() if k != "paper" and getattr(args, k) is None})
     if args.eval_candidates is None:
@@ -663,9 +666,8 @@ def load_policy(run_folder: str | Path, seed: int = 0, device: str = "auto") -> 
         raise BadInput(f"{run_folder} holds {args.num_seeds} policies: give one of its folders seed-*")
     task = TASKS[args.env_id]
     agent = DiffusionQL(task.state_dim, task.action_dim, args)
-    generator = torch.Generator(agent.device)
-    restore(read_checkpoint(Path(run_folder), agent.device), Path(run_folder), [agent], [generator])
-    generator.manual_seed(seed)
+    restore_agents(read_checkpoint(Path(run_folder), agent.device), Path(run_folder), [agent])
+    generator = torch.Generator(agent.device).manual_seed(seed)
 
     def policy(states):
         x = torch.as_tensor(states, dtype=torch.float32, device=agent.device)
@@ -684,14 +686,20 @@ def train(args: Args) -> dict:
 
     Raises BadInput, Stopped (SIGTERM or SIGINT, after a checkpoint) and Diverged.
     """
+    if not args.resume:
+        return run(with_settings(args))
+    args = with_settings(resumed_args(args))
+    with only_writer(args.resume):
+        if summary := finished(args.resume, args.num_updates):
+            print(f"{args.resume} is finished: nothing is left to do")
+            return summary
+        return run(args)
+
+
+def run(args: Args) -> dict:
+    """A new run, or the rest of one that is resumed."""
     from tqdm import tqdm
 
-    if args.dataset_path:
-        args = replace(args, dataset_path=args.dataset_path.absolute())
-    args = with_settings(resumed_args(args) if args.resume else args)
-    if args.resume and (summary := finished(args.resume, args.num_updates)):
-        print(f"{args.resume} is finished: nothing is left to do")
-        return summary
     device, paper = choose_device(args.device), SETTINGS[args.env_id].paper
     args = choose_path(args, device)
     dataset = make_batch(load_dataset(args.env_id, args.dataset_path, args.env_backend), args.reward, device)
@@ -715,16 +723,16 @@ def train(args: Args) -> dict:
     path = f"{'compiled' if args.compile else 'eager'}{' and captured' * args.cudagraphs}"
     print(f"{folder}: {len(dataset.state):,} transitions, updates {now.step:,} to {args.num_updates:,} "
           f"of {len(seeds)} seed(s) on {device}, {path}")  # fmt: skip
-    with only_writer(folder):
+    with nullcontext() if args.resume else only_writer(folder):
         if args.compile:  # now, and not where a signal would have to wait for it
             with unchanged(agent, generators):
                 updates(1)
                 act(torch.zeros(len(envs), agent.state_dim, device=device))
-        warn, writers = q_alarm(dataset.reward, args.gamma), open_logs(args, folder, now.step)
+        warn, writers = q_alarm(dataset.reward, args), open_logs(args, folder, now.last_row())
         bar = tqdm(total=args.num_updates, initial=now.step, mininterval=0.5 if sys.stderr.isatty() else 60)
 
         def keep() -> None:
-            check_health(folder, agent, now)
+            check_health(folder, args, agent, now)
             save(args, folder, unstacked(agent, args), generators, now)
 
         def act_or_stop(states: Tensor) -> Tensor:
@@ -741,7 +749,7 @@ def train(args: Args) -> dict:
                         check_signals()
                         if now.step % args.checkpoint_every < n:
                             keep()
-                    check_health(folder, agent, now)
+                    check_health(folder, args, agent, now)
                     rows = now.end_row()
                     warn(rows)
                     evaluated = now.step == args.num_updates or now.step % args.eval_every == 0
@@ -757,6 +765,7 @@ def train(args: Args) -> dict:
                     log(args, folder, now.history, writers, paper)
                     if evaluated:
                         keep()
+                    check_signals()
             except Stopped as stopped:
                 keep()
                 where = f"stopped at update {now.step:,} of {args.num_updates:,}; to go on: --resume {folder}"
@@ -804,20 +813,23 @@ def fits(value: object, kind: object) -> bool:
 
 def resumed_args(given: Args) -> Args:
     """The arguments of the run to resume. Raises BadInput where a given flag differs from the run's."""
-    saved, default = read_args(given.resume), Args()
-    group = given.resume.absolute().parent
-    if given.resume.name.startswith("seed-") and (group / "args.json").exists():
+    saved, group = read_args(given.resume), given.resume.resolve().parent
+    if given.resume.resolve().name.startswith("seed-") and (group / "args.json").exists():
         raise BadInput(f"{given.resume} is a part of the run {group}: resume that")
+    refuse_others(given, saved, [f.name for f in fields(Args) if getattr(given, f.name) != f.default])
+    free = {name: getattr(given, name) for name in FREE}
+    return replace(saved, **{k: v for k, v in free.items() if v is not None or k not in ("compile", "cudagraphs")})
+
+
+def refuse_others(given: Args, saved: Args, names: list[str]) -> None:
+    """Raises BadInput where a resumed run was given other arguments of these names than it has."""
     differ = [
-        f"--{f.name.replace('_', '-')} {value} (the run's: {getattr(saved, f.name)})"
-        for f in fields(Args)
-        if f.name not in FREE
-        and (value := getattr(given, f.name)) not in (getattr(default, f.name), getattr(saved, f.name))
+        f"--{name.replace('_', '-')} {getattr(given, name)} (the run's: {getattr(saved, name)})"
+        for name in names
+        if name not in FREE and getattr(given, name) != getattr(saved, name)
     ]
     if differ:
         raise BadInput(f"a resumed run keeps its arguments; leave out {', '.join(differ)}")
-    free = {name: getattr(given, name) for name in FREE}
-    return replace(saved, **{k: v for k, v in free.items() if v is not None or k not in ("compile", "cudagraphs")})
 
 
 def choose_path(args: Args, device: torch.device) -> Args:
@@ -948,12 +960,22 @@ def parse(argv: list[str]) -> Args:
         raise BadInput(f"{text} (python dql.py --help lists the flags)") from None
 
 
+def check_resume(args: Args, argv: list[str]) -> None:
+    """Raises BadInput where a flag was given, be it with its default value, that the run to resume has otherwise."""
+    flags = {re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") for word in argv}
+    given = replace(args, dataset_path=args.dataset_path and args.dataset_path.resolve())
+    refuse_others(given, read_args(args.resume), [f.name for f in fields(Args) if f.name in flags])
+
+
 def main() -> None:
     threading.excepthook = lambda _: None  # what fails in TensorBoard's thread is told where the run next writes to it
     try:
-        summary = train(parse(sys.argv[1:]))
+        args = parse(sys.argv[1:])
+        if args.resume:
+            check_resume(args, sys.argv[1:])
+        summary = train(args)
     except (BadInput, Diverged, Stopped, KeyboardInterrupt) as error:
-        print(f"dql.py: {str(error) or 'stopped before an update was made'}", file=sys.stderr)
+        print(f"dql.py: {str(error) or 'interrupted; a run that had begun goes on with --resume'}", file=sys.stderr)
         codes = {Diverged: 3, Stopped: 128 + getattr(error, "signum", 0), KeyboardInterrupt: 128 + signal.SIGINT}
         sys.exit(codes.get(type(error), 2))
     seeds = summary.get("num_seeds", 1)

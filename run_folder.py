@@ -37,6 +37,7 @@ from d4rl_tasks import BadInput
 if TYPE_CHECKING:
     from dql import Args, DiffusionQL
 
+NETWORKS = ("policy", "policy_ema", "critic", "critic_target")
 LOSS_NAMES = ("critic_loss", "bc_loss", "q_loss", "policy_loss", "target_q", "critic_grad_norm", "policy_grad_norm")
 METRICS = ("step", *LOSS_NAMES, "score", "score_std", "updates_per_second", "seconds")
 FREE = ("resume", "runs_dir", "device", "track", "capture_video", "compile", "cudagraphs")  # may change on resuming
@@ -62,6 +63,7 @@ class Progress:
     sums: Tensor  # (K, 7), the losses of those since the last row of metrics.csv, added up
     seconds: float  # that these took
     history: list[list[dict]]  # of each seed, the rows of metrics.csv
+    kept: int = 0  # update of the last checkpoint
 
     @classmethod
     def begin(cls, num_seeds: int, device: torch.device) -> Progress:
@@ -75,16 +77,20 @@ class Progress:
         """The update of the next row: that of a log or of an evaluation, whichever comes first, or the last."""
         return min(args.num_updates, *((self.last_row() // n + 1) * n for n in (args.log_every, args.eval_every)))
 
+    def wait(self) -> None:
+        """Waits until the device has made the updates: their time, too."""
+        begun = time.perf_counter()
+        self.sums.sum().item()
+        self.seconds += time.perf_counter() - begun
+
     def end_row(self) -> list[dict]:
-        """Of each seed, the row that ends now, still without a score. It waits for the device."""
-        begun, count = time.perf_counter(), self.step - self.last_row()
+        """Of each seed, the row that ends now, still without a score."""
+        count = self.step - self.last_row()
+        before = self.history[0][-1]["seconds"] if self.history[0] else 0.0
+        rest = {"score": "", "score_std": "", "updates_per_second": count / self.seconds,
+                "seconds": before + self.seconds}  # fmt: skip
         means = (self.sums / count).tolist()
-        seconds = self.seconds + time.perf_counter() - begun
-        rest = {"score": "", "score_std": "", "updates_per_second": count / seconds}
-        total = seconds + (self.history[0][-1]["seconds"] if self.history[0] else 0.0)
-        return [
-            {"step": self.step, **dict(zip(LOSS_NAMES, mean, strict=True)), **rest, "seconds": total} for mean in means
-        ]
+        return [{"step": self.step, **dict(zip(LOSS_NAMES, mean, strict=True)), **rest} for mean in means]
 
     def add_row(self, rows: list[dict]) -> None:
         """Puts each seed's row to its history and begins the next."""
@@ -110,10 +116,10 @@ def start_folder(args: Args) -> Path:
             except FileExistsError:
                 again += 1
                 folder = args.runs_dir / f"{name}-{again}"
-        write_args(folder, args)
         for k, path in enumerate(seed_folders(args, folder) if args.num_seeds > 1 else []):
             path.mkdir()
             write_args(path, replace(args, seed=args.seed + k, num_seeds=1))
+        write_args(folder, args)  # last, for it makes the folder one that can be resumed
     except OSError as error:
         raise BadInput(f"cannot write the run's folder {folder}: {error.strerror}; choose a --runs-dir") from None
     return folder
@@ -146,9 +152,11 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 def finished(folder: Path, num_updates: int) -> dict | None:
     """The summary of a run that has made all its updates."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         summary = json.loads((folder / "summary.json").read_text())
-        return summary if summary["num_updates"] == num_updates else None
+        whole = {"env_id", "seed", "last", "best", "offline", "paper", "folder"} <= summary.keys()
+        return summary if whole and summary["num_updates"] == num_updates else None
+    return None
 
 
 def read_checkpoint(folder: Path, device: torch.device) -> dict:
@@ -185,27 +193,41 @@ def check_same_run(checkpoint: dict, folder: Path, args: Args, device: torch.dev
     differ = [name for name in now if name not in FREE and then.get(name, now) != now[name]]
     if differ:
         raise BadInput(f"{folder / 'checkpoint.pt'} is not of the run of its args.json: {', '.join(differ)} differ")
-    for name, version in versions().items():
-        before = checkpoint["versions"].get(name)
-        if before != version:
-            print(f"warning: {name} was {before} and is {version}: results may differ in rounding", file=sys.stderr)
+    path = {name: now[name] for name in ("compile", "cudagraphs")}
+    for name, value in (versions() | path).items():
+        before = (checkpoint["versions"] | then).get(name)
+        if before != value:
+            print(f"warning: {name} was {before} and is {value}: results may differ in rounding", file=sys.stderr)
 
 
 def restore(checkpoint: dict, folder: Path, agents: list[DiffusionQL], generators: list) -> Progress:
     """Puts agents and generators where the checkpoint left them. Raises BadInput."""
-    try:
-        parts = (checkpoint["agents"], checkpoint["generators"])
-        for agent, generator, state, numbers in zip(agents, generators, *parts, strict=True):
-            agent.load_state_dict(state)
+    restore_agents(checkpoint, folder, agents)
+    with must_fit(folder):
+        for generator, numbers in zip(generators, checkpoint["generators"], strict=True):
             generator.set_state(numbers.cpu())
-            for name in ("policy", "policy_ema", "critic", "critic_target"):
-                if not torch.nn.utils.get_total_norm(list(getattr(agent, name).parameters())).isfinite():
-                    raise ValueError(f"the parameters of {name} are not finite")
         now = Progress(**checkpoint["progress"])
         check_history(now.history, len(agents))
         if not now.last_row() <= now.step == agents[0].step or now.sums.shape != (len(agents), len(LOSS_NAMES)):
             raise ValueError("its step is not that of its history")
-        return now
+    return now
+
+
+def restore_agents(checkpoint: dict, folder: Path, agents: list[DiffusionQL]) -> None:
+    """Puts agents where the checkpoint left them. Raises BadInput."""
+    with must_fit(folder):
+        for agent, state in zip(agents, checkpoint["agents"], strict=True):
+            agent.load_state_dict(state)
+            for name in NETWORKS:
+                if not finite_seeds(getattr(agent, name), 1).all():
+                    raise ValueError(f"the parameters of {name} are not finite")
+
+
+@contextmanager
+def must_fit(folder: Path) -> Iterator[None]:
+    """Turns what is raised within into BadInput."""
+    try:
+        yield
     except Exception as error:  # torch raises nearly anything on what does not fit
         raise BadInput(f"{folder / 'checkpoint.pt'} is not of the run of its args.json: {reason(error)}") from None
 
@@ -243,39 +265,52 @@ def held_signals() -> Iterator[Callable[[], None]]:
         if came:
             raise Stopped(came[0])
 
-    main = threading.current_thread() is threading.main_thread()
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT) if main}
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            handler = signal.getsignal(signum)
+            if handler not in (signal.SIG_IGN, None):  # ignored, as SIGINT is in a script's background; or not Python's
+                before[signum] = handler
+                signal.signal(signum, note)
     try:
         yield check
     finally:
         release()
 
 
-def check_health(folder: Path, agent: DiffusionQL, now: Progress) -> None:
+def finite_seeds(network: torch.nn.Module, num_seeds: int) -> Tensor:
+    """Whether all parameters are finite, (K,); of several seeds they have a leading axis (K, ...)."""
+    return torch.stack([p.isfinite().reshape(num_seeds, -1).all(1) for p in network.parameters()]).all(0)
+
+
+def check_health(folder: Path, args: Args, agent: DiffusionQL, now: Progress) -> None:
     """Raises Diverged where the losses added up or any parameter are not finite. It waits for the device."""
-    bad = [name for name, fine in zip(LOSS_NAMES, now.sums.isfinite().all(0).tolist(), strict=True) if not fine]
-    for name in ("policy", "policy_ema", "critic", "critic_target"):
-        if not torch.nn.utils.get_total_norm(list(getattr(agent, name).parameters())).isfinite():
-            bad.append(f"{name}'s parameters")
-    if bad:
-        seeds = (~now.sums.isfinite().all(1)).nonzero().flatten().tolist()
-        where = f"updates {now.last_row() + 1:,} to {now.step:,}, seed number {seeds} of {len(now.sums)}"
-        left = "is of before" if (folder / "checkpoint.pt").exists() else "was not yet written"
-        raise Diverged(f"{', '.join(bad)} not finite in {where}; {folder / 'checkpoint.pt'} {left}. "
+    now.wait()
+    fine = dict(zip(LOSS_NAMES, now.sums.isfinite().T, strict=True))
+    fine |= {f"{name}'s parameters": finite_seeds(getattr(agent, name), args.num_seeds) for name in NETWORKS}
+    table = torch.stack(list(fine.values())).cpu()
+    if not table.all():
+        bad = ", ".join(name for name, of_seeds in zip(fine, table, strict=True) if not of_seeds.all())
+        seeds = ", ".join(str(args.seed + k) for k, of_all in enumerate(table.T) if not of_all.all())
+        left = f"{folder / 'checkpoint.pt'} is of update {now.kept:,}" if now.kept else "there is no checkpoint yet"
+        raise Diverged(f"{bad} not finite in updates {now.last_row() + 1:,} to {now.step:,}, seed {seeds}; {left}. "
                        "Try a smaller --learning-rate, --eta or --grad-norm")  # fmt: skip
 
 
-def q_alarm(reward: Tensor, gamma: float) -> Callable[[list[dict]], None]:
-    """A function of rows that warns, once, when the mean target of Eq. 4 is beyond any sum of discounted rewards."""
-    horizon = 1 / (1 - gamma) if gamma < 1 else float("inf")
+def q_alarm(reward: Tensor, args: Args) -> Callable[[list[dict]], None]:
+    """A function of rows that warns, once a seed, of a mean target (Eq. 4) beyond any discounted sum of rewards.
+
+    Beyond by a twentieth of their range, for Q may well be a little off.
+    """
+    horizon = 1 / (1 - args.gamma) if args.gamma < 1 else float("inf")
     low, high = min(0.0, reward.min().item() * horizon), max(0.0, reward.max().item() * horizon)
-    warned = []
+    margin, warned = 0.05 * (high - low), set()
 
     def warn(rows: list[dict]) -> None:
-        for k, row in enumerate(rows):
-            if not low <= row["target_q"] <= high and not warned:
-                warned.append(k)
-                print(f"warning: update {row['step']:,}, seed number {k}: mean target Q is {row['target_q']:.4g}, "
+        for seed, row in enumerate(rows, args.seed):
+            if not low - margin <= row["target_q"] <= high + margin and seed not in warned:
+                warned.add(seed)
+                print(f"warning: update {row['step']:,}, seed {seed}: mean target Q is {row['target_q']:.4g}, "
                       f"rewards allow {low:.4g} to {high:.4g}", file=sys.stderr)  # fmt: skip
 
     return warn
@@ -363,6 +398,8 @@ def write_curve(path: Path, rows: list[dict], args: Args, paper: tuple[float, fl
 def versions() -> dict[str, str | int]:
     """Of what a score depends on."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
     for package in ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "gym", "d4rl", "free-mujoco-py"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
@@ -377,7 +414,7 @@ def seed_folders(args: Args, folder: Path) -> list[Path]:
 
 
 def open_logs(args: Args, folder: Path, step: int) -> list:
-    """A TensorBoard writer for each seed, and Weights & Biases."""
+    """A TensorBoard writer for each seed, which forgets what a run before wrote beyond step, and Weights & Biases."""
     from torch.utils.tensorboard import SummaryWriter
 
     if args.track:
@@ -387,7 +424,10 @@ def open_logs(args: Args, folder: Path, step: int) -> list:
             wandb.init(project="dql", name=folder.name, config=asdict(args), sync_tensorboard=True)
         except Exception as error:  # it has errors of its own for each way not to be logged in
             raise BadInput(f"--track: {reason(error)}") from None
-    return [SummaryWriter(path, purge_step=step + 1 if step else None) for path in seed_folders(args, folder)]
+    try:
+        return [SummaryWriter(path, purge_step=step + 1 if step else None) for path in seed_folders(args, folder)]
+    except OSError as error:
+        raise BadInput(f"cannot write TensorBoard's events in {folder}: {error.strerror}") from None
 
 
 def log(args: Args, folder: Path, history: list[list[dict]], writers: list, paper: tuple | None) -> None:
@@ -407,7 +447,8 @@ def log(args: Args, folder: Path, history: list[list[dict]], writers: list, pape
 
 
 def save(args: Args, folder: Path, agents: list[dict], generators: list, now: Progress) -> None:
-    """The checkpoint of all seeds, from which a run goes on; then that of each, for itself."""
+    """The checkpoint of each seed, for itself; then that of all, from which a run goes on."""
+    now.kept = now.step
     states = [generator.get_state() for generator in generators]
     common = {
         "args": as_json(args),
@@ -415,12 +456,11 @@ def save(args: Args, folder: Path, agents: list[dict], generators: list, now: Pr
         "device": generators[0].device.type,
     }
     whole = {"agents": agents, "generators": states, "progress": vars(now)}
+    for k, path in enumerate(seed_folders(args, folder) if args.num_seeds > 1 else []):
+        progress = vars(now) | {"sums": now.sums[k : k + 1].clone(), "history": now.history[k : k + 1]}
+        one = {"agents": agents[k : k + 1], "generators": states[k : k + 1], "progress": progress}
+        write_torch(path / "checkpoint.pt", one | common)
     write_torch(folder / "checkpoint.pt", whole | common)
-    for k, path in enumerate(seed_folders(args, folder)):
-        if args.num_seeds > 1:
-            progress = vars(now) | {"sums": now.sums[k : k + 1].clone(), "history": now.history[k : k + 1]}
-            one = {"agents": agents[k : k + 1], "generators": states[k : k + 1], "progress": progress}
-            write_torch(path / "checkpoint.pt", one | common)
 
 
 def summarize(

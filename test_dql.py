@@ -8,6 +8,7 @@ Oracles: the official implementation's figures (reference/official_update.json),
 
 import copy
 import csv
+import errno
 import functools
 import gc
 import hashlib
@@ -20,6 +21,7 @@ import operator
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -514,6 +516,8 @@ def assert_same_end(a: Path, b: Path) -> None:
     args = dql.read_args(a)
     for x, y in zip(dql.seed_folders(args, a), dql.seed_folders(args, b), strict=True):
         assert metrics(x) == metrics(y)
+        own = [torch.load(folder / "checkpoint.pt", weights_only=True)["agents"] for folder in (x, y)]
+        assert_states_close(*own, rtol=0, atol=0)
         scores = [json.loads((folder / "summary.json").read_text()) for folder in (x, y)]
         assert [scores[0][name] for name in ("last", "best", "offline")] == [
             scores[1][name] for name in ("last", "best", "offline")
@@ -535,7 +539,7 @@ def run_left_alone(tmp_path_factory):
 @run_wanted
 @pytest.mark.parametrize("num_seeds", [1, 2])
 @pytest.mark.parametrize("where, count, step, signum", [
-    ("train_step", 8, 8, signal.SIGTERM), ("act_fresh", 5, 12, signal.SIGINT), ("log", 4, 16, signal.SIGTERM),
+    ("train_step", 8, 8, signal.SIGTERM), ("act_fresh", 5, 12, signal.SIGINT), ("log", 4, 15, signal.SIGTERM),
 ])  # fmt: skip
 def test_a_stopped_run_goes_on_exactly(num_seeds, where, count, step, signum, run_left_alone, monkeypatch, capsys):
     """A signal in an update, in an evaluation and in a log: a checkpoint, one line, and the end of a run left alone."""
@@ -592,6 +596,60 @@ def test_resume_refuses_what_is_not_the_run(tmp_path):
 
 
 @run_wanted
+def test_resume_refuses_flags_with_their_default_values(run_left_alone, capsys):
+    """The command line knows which flags were given; those of the run itself are welcome."""
+    args, folder = run_left_alone(2)
+    capsys.readouterr()
+    resume = ["--resume", str(folder)]
+    assert "--num-seeds 1 (the run's: 2), --log-every 1000 (the run's: 5)" in fails(
+        capsys, *resume, "--num-seeds", "1", "--log-every=1000", "--no-lr-decay", "--no-compile"
+    )
+    same = [*resume, "--num-seeds", "2", "--dataset-path", os.path.relpath(args.dataset_path)]
+    dql.check_resume(dql.parse(same), same)
+
+
+@run_wanted
+def test_a_run_killed_between_two_files_goes_on(run_left_alone, monkeypatch):
+    """Wherever a checkpoint is interrupted: every file of the end is that of a run left alone."""
+    args, whole = run_left_alone(2)
+
+    def killed():
+        raise KeyboardInterrupt
+
+    for count in (2, 6):  # evaluations at 12 and 24 write three each: two seeds' and the group's
+        before = set(args.runs_dir.iterdir())
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(run_folder, "write_torch", on_call(count, run_folder.write_torch, killed))
+            dql.train(args)
+        (folder,) = set(args.runs_dir.iterdir()) - before
+        dql.train(Args(resume=folder))
+        assert_same_end(whole, folder)
+
+
+@run_wanted
+def test_a_policy_of_another_device_acts_here(run_left_alone, tmp_path):
+    """What was trained on a GPU acts on a CPU: its generator's state, which fits none here, is not wanted."""
+    _, folder = run_left_alone(1)
+    other = shutil.copytree(folder, tmp_path / "run")
+    checkpoint = torch.load(other / "checkpoint.pt", weights_only=True)
+    states = [torch.zeros(16, dtype=torch.uint8)]
+    torch.save(checkpoint | {"device": "cuda", "generators": states}, other / "checkpoint.pt")
+    np.testing.assert_array_equal(
+        dql.load_policy(other, device="cpu")(np.ones(11)), dql.load_policy(folder, device="cpu")(np.ones(11))
+    )
+
+
+@run_wanted
+def test_a_summary_that_is_none_is_written_again(run_left_alone, tmp_path):
+    _, folder = run_left_alone(1)
+    other = shutil.copytree(folder, tmp_path / "run")
+    for text in ("", "{}", '{"num_updates": 24}', "[]"):
+        (other / "summary.json").write_text(text)
+        dql.train(Args(resume=other))
+        assert_same_end(folder, other)
+
+
+@run_wanted
 def test_a_second_writer_is_refused(tmp_path):
     """While a process holds the run's folder; not after it is gone, however it went."""
     folder = dql.start_folder(dql.with_settings(tiny_args(tmp_path, num_updates=2)))
@@ -623,6 +681,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(run_left_alone, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (folder / "checkpoint.pt").read_bytes() == before
     assert not list(folder.glob(".part*"))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="cannot write TensorBoard's events"):
+        patch.setattr("torch.utils.tensorboard.SummaryWriter", full)
+        dql.train(Args(resume=folder))
     dql.train(Args(resume=folder))
     assert_same_end(whole, folder)
 
@@ -648,7 +713,8 @@ def test_a_run_that_diverges_stops(num_seeds, tmp_path, monkeypatch, capsys):
 
     target = None
     monkeypatch.setattr(dql, "make_steps", make_poisoned_steps)
-    with pytest.raises(dql.Diverged, match=r"critic_loss, .*critic's parameters.* not finite in updates 6 to 8, seed"):
+    says = r"critic_loss, .*critic's parameters.* not finite in updates 6 to 8, seed 0; .* is of update 4\."
+    with pytest.raises(dql.Diverged, match=says):
         dql.train(args)
     (folder,) = args.runs_dir.iterdir()
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -663,11 +729,13 @@ def test_a_run_that_diverges_stops(num_seeds, tmp_path, monkeypatch, capsys):
 
 
 def test_q_beyond_what_rewards_allow_is_told_once(capsys):
-    warn = run_folder.q_alarm(torch.tensor([-1.0, 2.0]), gamma=0.9)
-    for value, told in ((20.0, False), (-10.0, False), (-10.1, True), (21.0, False)):
-        warn([{"step": 5, "target_q": value}])
-        assert ("rewards allow -10 to 20" in capsys.readouterr().err) == told
-    run_folder.q_alarm(torch.ones(2), gamma=1.0)([{"step": 5, "target_q": 1e9}])
+    """Once for each seed, and not for a twentieth of the range that rewards allow."""
+    warn = run_folder.q_alarm(torch.tensor([-1.0, 2.0]), Args(gamma=0.9, seed=7))
+    for values, told in (((21, -11), []), ((0, -12), [8]), ((22, -99), [7]), ((99, 99), [])):
+        warn([{"step": 5, "target_q": value} for value in values])
+        err = capsys.readouterr().err
+        assert [int(seed) for seed in re.findall(r"seed (\d+): .* rewards allow -10 to 20\n", err)] == told
+    run_folder.q_alarm(torch.ones(2), Args(gamma=1.0))([{"step": 5, "target_q": 1e9}])
     assert capsys.readouterr().err == ""
 
 

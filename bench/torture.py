@@ -96,6 +96,8 @@ def ends_alike(a: Path, b: Path) -> bool:
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b)]
     alike = all(same(states[0][part], states[1][part]) for part in ("agents", "generators"))
     for x, y in zip(seed_folders(args, a), seed_folders(args, b), strict=True):
+        own = [torch.load(folder / "checkpoint.pt", weights_only=True)["agents"] for folder in (x, y)]
+        alike &= same(*own)
         rows = [(folder / "metrics.csv").read_text().splitlines() for folder in (x, y)]
         rows = [[row.rsplit(",", 2)[0] for row in of_one] for of_one in rows]  # without updates_per_second and seconds
         scores = [json.loads((folder / "summary.json").read_text()) for folder in (x, y)]
@@ -194,7 +196,7 @@ def overhead(folder: Path) -> dict:
             check_signals()
 
     def row() -> None:
-        dql.check_health(folder, agent, now)
+        dql.check_health(folder, args, agent, now)
         now.add_row(now.end_row())
         dql.log(args, folder, now.history, writers, None)
 
