@@ -128,6 +128,7 @@ def kill_and_compare(args: dql.Args, kills: int, folder: Path, rng: random.Rando
         fresh = run is None or (run / "summary.json").exists()
         if done == kills and fresh and runs:
             break
+        begun = time.perf_counter()
         child = start(again if fresh else dql.Args(resume=run, device="cpu", compile=args.compile), folder)
         child.join(rng.uniform(0, length) if done < kills else None)
         if child.is_alive():
@@ -138,6 +139,7 @@ def kill_and_compare(args: dql.Args, kills: int, folder: Path, rng: random.Rando
         if child.exitcode == 0:
             runs += 1
             alike &= ends_alike(whole, run)
+            length = time.perf_counter() - begun if fresh else length  # the first may have compiled for longest
         elif child.exitcode != -signal.SIGKILL:
             raise SystemExit(f"torture.py: a run failed: {(folder / 'log.txt').read_text()[-2000:]}")
         elif run and (run / "checkpoint.pt").exists():
