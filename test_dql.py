@@ -694,8 +694,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(run_left_alone, monkeypatch):
 
 @run_wanted
 @pytest.mark.parametrize("num_seeds", [1, 2])
-def test_a_run_that_diverges_stops(num_seeds, tmp_path, monkeypatch, capsys):
-    """Exit code 3 within one row; the checkpoint is of before, and finite."""
+def test_a_run_that_diverges_stops(num_seeds, tmp_path, monkeypatch):
+    """Within one row; the checkpoint is of before, and finite."""
     args = tiny_args(tmp_path, num_seeds=num_seeds, checkpoint_every=4)
 
     def poison():
@@ -721,11 +721,18 @@ def test_a_run_that_diverges_stops(num_seeds, tmp_path, monkeypatch, capsys):
     assert checkpoint["progress"]["step"] == 4
     assert all(p.isfinite().all() for state in checkpoint["agents"] for p in state["critic"].values())
 
-    monkeypatch.setattr(dql, "train", lambda _: (_ for _ in ()).throw(dql.Diverged("gone")))
+
+@pytest.mark.parametrize("error, code, says", [
+    (dql.Diverged("gone"), 3, "gone"), (dql.Stopped(signal.SIGTERM, "goes on"), 143, "goes on"),
+    (dql.Stopped(signal.SIGINT, "goes on"), 130, "goes on"), (KeyboardInterrupt(), 130, "interrupted"),
+])  # fmt: skip
+def test_exit_codes(error, code, says, monkeypatch, capsys):
+    monkeypatch.setattr(dql, "train", lambda _: (_ for _ in ()).throw(error))
     monkeypatch.setattr(sys, "argv", ["dql.py"])
     with pytest.raises(SystemExit) as stop:
         dql.main()
-    assert stop.value.code == 3 and capsys.readouterr().err.endswith("dql.py: gone\n")
+    err = capsys.readouterr().err
+    assert stop.value.code == code and err.startswith(f"dql.py: {says}") and err.count("\n") == 1
 
 
 def test_q_beyond_what_rewards_allow_is_told_once(capsys):
