@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import gc
 import importlib.metadata
 import io
 import json
@@ -392,6 +393,8 @@ def write_curve(path: Path, rows: list[dict], args: Args, paper: tuple[float, fl
     right.set(xlabel="updates", yscale="symlog", title="losses")
     right.legend()
     figure.savefig(path)
+    del figure, left, right
+    gc.collect()  # a figure is in cycles, and its picture of megabytes would wait for the collector
 
 
 @functools.cache
