@@ -210,7 +210,7 @@ def overhead(folder: Path) -> dict:
     bare()
     bares, ratios, rows, saves = [], [], [], []
     with open(os.devnull, "w") as nowhere, tqdm(total=10**6, file=nowhere) as bar, held_signals() as check_signals:
-        for _ in range(30):
+        for _ in range(12):
             before, within, after = seconds(bare), seconds(within_a_run), seconds(bare)
             bares.append((before + after) / 2)
             ratios.append(within / bares[-1])
