@@ -1335,7 +1335,7 @@ def wrong_rewards(folder: Path) -> dict:
     def unknown_filter(file):
         plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         plan.set_chunk((6,))
-        plan.set_filter(32000, h5py.h5z.FLAG_OPTIONAL, ())
+        plan.set_filter(400, h5py.h5z.FLAG_OPTIONAL, ())
         space = h5py.h5s.create_simple((6,))
         h5py.h5d.create(file.id, b"rewards", h5py.h5t.IEEE_F32LE, space, plan).write_direct_chunk((0,), bytes(24))
 
