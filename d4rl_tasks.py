@@ -51,6 +51,11 @@ class BadInput(ValueError):
         super().__init__(line if len(line) < 2000 else f"{line[:1000]} [...] {line[-900:]}")
 
 
+def reason(error: Exception) -> str:
+    """Its message's first line, or its kind where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 # ---------------------------------------------------------------------------------------------------------- the tasks
 
 
@@ -413,6 +418,19 @@ def make_env(env_id: str, backend: str = "maintained", render_mode: str | None =
 def make_envs(env_id: str, n: int, backend: str = "maintained") -> list[gymnasium.Env]:
     """n environments of the task, for n episodes side by side; each may be stepped in a thread of its own."""
     return [make_env(env_id, backend) for _ in range(n)]
+
+
+def rendering_env(env_id: str, backend: str = "maintained") -> gymnasium.Env:
+    """An environment for a video, tried out before the training that it shall show. Raises BadInput."""
+    if find_spec("moviepy") is None:
+        raise BadInput("--capture-video needs moviepy: pip install moviepy")
+    env = make_env(env_id, backend, render_mode="rgb_array")
+    try:
+        env.reset(seed=0)
+        env.render()
+        return env
+    except Exception as error:  # every OpenGL backend fails in its own way
+        raise BadInput(f"--capture-video cannot render here ({reason(error)}): try MUJOCO_GL=egl or =osmesa") from None
 
 
 @functools.cache

@@ -33,56 +33,28 @@ default is what the official code effectively does (but for 2), since the publis
 """
 
 import copy
-import importlib.metadata
 import importlib.util
-import io
-import json
 import math
-import os
-import re
-import shlex
-import shutil
 import signal
 import sys
-import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
-from d4rl_tasks import TASKS, BadInput, load_dataset, make_env, make_envs, normalized_score, task_of
-from run_folder import (
-    FREE,
-    Diverged,
-    Progress,
-    Stopped,
-    check_health,
-    check_same_run,
-    finished,
-    held_signals,
-    log,
-    only_writer,
-    open_logs,
-    q_alarm,
-    read_checkpoint,
-    reason,
-    restore,
-    restore_agents,
-    save,
-    seed_folders,
-    start_folder,
-    summarize,
-)
+import command_line
+import run_folder
+from d4rl_tasks import TASKS, BadInput, load_dataset, make_envs, normalized_score, reason, rendering_env, task_of
+from run_folder import Diverged, Progress, Stopped
 
 
 @dataclass
@@ -219,22 +191,7 @@ def with_settings(args: Args) -> Args:
     args = replace(args, **{k: v for k, v in settings.items() if k != "paper" and getattr(args, k) is None})
     if args.eval_candidates is None:
         args = replace(args, eval_candidates=50 if args.eta > 0 else 1)
-    if args.eta == 0 and args.eval_candidates > 1:
-        raise BadInput("--eta 0 trains no critics to choose by: leave out --eval-candidates, or give a small --eta")
-    for names, good, wanted in (
-        ("num_seeds num_updates batch_size num_steps average_every eval_every eval_episodes eval_candidates log_every "
-         "checkpoint_every",
-         lambda v: 1 <= v < 2**31, "at least 1 and below 2^31"),
-        ("num_steps num_seeds", lambda v: v <= 10_000, "at most 10,000"),
-        ("eta grad_norm average_from eval_temperature offline_rank",
-         lambda v: 0 <= v < 1e18, "at least 0 and below 1e18"),
-        ("seed", lambda v: 0 <= v < 2**31, "at least 0 and below 2^31"),
-        ("learning_rate", lambda v: 0 < v < math.inf, "finite and above 0"),
-        ("gamma tau average_decay", lambda v: 0 <= v <= 1, "between 0 and 1"),
-    ):  # fmt: skip
-        for name in names.split():
-            if not good(getattr(args, name)):
-                raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be {wanted}")
+    command_line.check_ranges(args)
     return args
 
 
@@ -461,7 +418,11 @@ class DiffusionQL:
         """Adam whose learning rate is a device tensor: it can change without waiting for the device."""
         on_gpu = self.device.type == "cuda"  # its kernel reads a float32 rate
         lr = torch.tensor(learning_rate, dtype=torch.float32 if on_gpu else torch.float64, device=self.device)
-        return torch.optim.Adam(network.parameters(), lr=lr, fused=True, capturable=on_gpu)
+        adam = torch.optim.Adam(network.parameters(), lr=lr, fused=True, capturable=on_gpu)
+        for p in network.parameters():  # as Adam would at its first step; now, so that a state has where to be loaded
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            adam.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        return adam
 
     def draw_index(self, rows: int, generator: torch.Generator) -> Tensor:
         """The rows of a batch, (B,)."""
@@ -581,39 +542,9 @@ class DiffusionQL:
         parts = {name: getattr(self, name).state_dict() for name in AGENT_PARTS}
         return {**parts, "step": self.step}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Into the tensors that are there, which a captured graph reads and writes. Raises where it does not fit."""
-        for name in AGENT_PARTS:
-            part = getattr(self, name)
-            if isinstance(part, torch.optim.Adam):
-                load_moments(part, state[name])
-            else:
-                own = part.state_dict()
-                if own.keys() != state[name].keys():
-                    raise ValueError(f"{name} has other parts")
-                for key, value in own.items():
-                    fill(value, state[name][key])
-        fill(self.step, state["step"])
-
-
-def load_moments(optimizer: torch.optim.Adam, saved: dict) -> None:
-    """Learning rate and moments, and nothing else that Adam.load_state_dict takes. What saved lacks becomes 0."""
-    (group,) = optimizer.param_groups
-    fill(group["lr"], saved["param_groups"][0]["lr"])
-    for k, p in enumerate(group["params"]):
-        if saved["state"] and p not in optimizer.state:  # as Adam begins it
-            step = torch.zeros((), dtype=torch.float32, device=p.device)
-            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        for name, value in optimizer.state.get(p, {}).items():  # [p] would make an entry
-            fill(value, saved["state"][k][name]) if saved["state"] else value.zero_()
-
-
-def fill(tensor: Tensor, saved: Tensor) -> None:
-    """copy_, which by itself would broadcast, cut imaginary parts and make integers of fractions."""
-    if saved.shape != tensor.shape or saved.is_floating_point() != tensor.is_floating_point() or saved.is_complex():
-        raise ValueError(f"{saved.dtype} {tuple(saved.shape)} is not {tensor.dtype} {tuple(tensor.shape)}")
-    tensor.copy_(saved)
+        run_folder.fill(self.state_dict(), state)
 
 
 def choose_device(name: str) -> torch.device:
@@ -659,14 +590,28 @@ def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: list[int], devi
     return returns
 
 
-def load_policy(run_folder: str | Path, seed: int = 0, device: str = "auto") -> Callable:
+def evaluate_seeds(args: Args, act: Callable, envs: list, generators: list[torch.Generator], step: int) -> np.ndarray:
+    """Normalized scores (K, E) of E episodes for each of K seeds, from generators that serve act and nothing else.
+
+    Their noise is of seed and step alone: an evaluation changes nothing that training draws.
+    """
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    for seed, generator in zip(seeds, generators, strict=True):
+        generator.manual_seed(seed * 1_000_003 + step)
+    env_seeds = [seed + 100 + k for seed in seeds for k in range(args.eval_episodes)]
+    returns = evaluate(act, envs, env_seeds, generators[0].device)
+    return normalized_score(args.env_id, returns).reshape(len(seeds), -1)
+
+
+def load_policy(folder: str | Path, seed: int = 0, device: str = "auto") -> Callable:
     """The trained policy of a run: states (S,) or (E, S), numpy or torch, in; actions of the same kind out."""
-    args = replace(read_args(Path(run_folder)), device=device, compile=False)
+    folder = Path(folder)
+    args = with_settings(replace(command_line.read_args(Args, folder), device=device, compile=False))
     if args.num_seeds > 1:
-        raise BadInput(f"{run_folder} holds {args.num_seeds} policies: give one of its folders seed-*")
+        raise BadInput(f"{folder} holds {args.num_seeds} policies: give one of its folders seed-*")
     task = TASKS[args.env_id]
     agent = DiffusionQL(task.state_dim, task.action_dim, args)
-    restore_agents(read_checkpoint(Path(run_folder), agent.device), Path(run_folder), [agent])
+    run_folder.restore_agents(run_folder.read_checkpoint(folder, agent.device), folder, [agent])
     generator = torch.Generator(agent.device).manual_seed(seed)
 
     def policy(states):
@@ -688,9 +633,9 @@ def train(args: Args) -> dict:
     """
     if not args.resume:
         return run(with_settings(args))
-    args = with_settings(resumed_args(args))
-    with only_writer(args.resume):
-        if summary := finished(args.resume, args.num_updates):
+    args = with_settings(command_line.resumed_args(args))
+    with run_folder.only_writer(args.resume):
+        if summary := run_folder.finished(args.resume, args.num_updates):
             print(f"{args.resume} is finished: nothing is left to do")
             return summary
         return run(args)
@@ -700,13 +645,14 @@ def run(args: Args) -> dict:
     """A new run, or the rest of one that is resumed."""
     from tqdm import tqdm
 
+    import fast_sampler
+
     device, paper = choose_device(args.device), SETTINGS[args.env_id].paper
-    args = choose_path(args, device)
+    args = fast_sampler.choose_path(args, device)
     dataset = make_batch(load_dataset(args.env_id, args.dataset_path, args.env_backend), args.reward, device)
     seeds = range(args.seed, args.seed + args.num_seeds)
     envs = make_envs(args.env_id, args.eval_episodes * len(seeds), args.env_backend)
-    env_seeds = [seed + 100 + k for seed in seeds for k in range(args.eval_episodes)]
-    video_env = rendering_env(args) if args.capture_video else None
+    video_env = rendering_env(args.env_id, args.env_backend) if args.capture_video else None
     if args.track and importlib.util.find_spec("wandb") is None:
         raise BadInput("--track needs Weights & Biases: pip install wandb")
 
@@ -715,31 +661,30 @@ def run(args: Args) -> dict:
     eval_generators = [torch.Generator(device) for _ in seeds]
     now = Progress.begin(len(seeds), device)
     if args.resume and (args.resume / "checkpoint.pt").exists():
-        checkpoint = read_checkpoint(args.resume, device)
-        check_same_run(checkpoint, args.resume, args, device)
-        now = restore(checkpoint, args.resume, agents, generators)
+        now = run_folder.restore(args, agents, generators, device)
     agent, updates, act = make_steps(args, agents, dataset, generators, eval_generators)
-    folder = args.resume or start_folder(args)
+    folder = args.resume or run_folder.start_folder(args)
     path = f"{'compiled' if args.compile else 'eager'}{' and captured' * args.cudagraphs}"
     print(f"{folder}: {len(dataset.state):,} transitions, updates {now.step:,} to {args.num_updates:,} "
           f"of {len(seeds)} seed(s) on {device}, {path}")  # fmt: skip
-    with nullcontext() if args.resume else only_writer(folder):
+    with nullcontext() if args.resume else run_folder.only_writer(folder):
         if args.compile:  # now, and not where a signal would have to wait for it
-            with unchanged(agent, generators):
+            with fast_sampler.unchanged(agent, generators):
                 updates(1)
                 act(torch.zeros(len(envs), agent.state_dim, device=device))
-        warn, writers = q_alarm(dataset.reward, args), open_logs(args, folder, now.last_row())
+        warn = run_folder.q_alarm(dataset.reward, args)
         bar = tqdm(total=args.num_updates, initial=now.step, mininterval=0.5 if sys.stderr.isatty() else 60)
 
         def keep() -> None:
-            check_health(folder, args, agent, now)
-            save(args, folder, unstacked(agent, args), generators, now)
+            run_folder.check_health(folder, args, agent, now)
+            run_folder.save(args, folder, fast_sampler.states_of(agent, len(seeds)), generators, now)
 
         def act_or_stop(states: Tensor) -> Tensor:
             check_signals()
             return act(states)
 
-        with bar, held_signals() as check_signals:
+        logs = run_folder.open_logs(args, folder, now.last_row())
+        with bar, logs as writers, run_folder.held_signals() as check_signals:
             try:
                 while now.last_row() < args.num_updates:
                     row_at = now.next_row(args)
@@ -749,20 +694,17 @@ def run(args: Args) -> dict:
                         check_signals()
                         if now.step % args.checkpoint_every < n:
                             keep()
-                    check_health(folder, args, agent, now)
+                    run_folder.check_health(folder, args, agent, now)
                     rows = now.end_row()
                     warn(rows)
                     evaluated = now.step == args.num_updates or now.step % args.eval_every == 0
                     if evaluated:
-                        # noise of its own, of seed and step: an evaluation changes nothing that training draws
-                        for seed, generator in zip(seeds, eval_generators, strict=True):
-                            generator.manual_seed(seed * 1_000_003 + now.step)
-                        scores = normalized_score(args.env_id, evaluate(act_or_stop, envs, env_seeds, device))
-                        for row, score in zip(rows, scores.reshape(len(seeds), -1), strict=True):
+                        scores = evaluate_seeds(args, act_or_stop, envs, eval_generators, now.step)
+                        for row, score in zip(rows, scores, strict=True):
                             row |= {"score": float(score.mean()), "score_std": float(score.std())}
                         bar.set_postfix(score=f"{scores.mean():.1f}")
                     now.add_row(rows)
-                    log(args, folder, now.history, writers, paper)
+                    run_folder.log(args, folder, now.history, writers, paper)
                     if evaluated:
                         keep()
                     check_signals()
@@ -770,94 +712,14 @@ def run(args: Args) -> dict:
                 keep()
                 where = f"stopped at update {now.step:,} of {args.num_updates:,}; to go on: --resume {folder}"
                 raise Stopped(stopped.signum, where) from None
-            finally:
-                for writer in writers:
-                    with suppress(OSError):  # of a full disk, which has been told
-                        writer.close()
-        summary = summarize(args, folder, now.history, device, paper)
+        summary = run_folder.summarize(args, folder, now.history, device, paper)
     if video_env:
         from gymnasium.wrappers import RecordVideo
 
-        policy = load_policy(seed_folders(args, folder)[0], args.seed, args.device)
+        policy = load_policy(run_folder.seed_folders(args, folder)[0], args.seed, args.device)
         with RecordVideo(video_env, str(folder), name_prefix="video", disable_logger=True) as env:
             evaluate(policy, [env], [args.seed + 100], device)
     return summary
-
-
-def read_args(folder: Path) -> Args:
-    """The arguments of the run in a folder. Raises BadInput."""
-    try:
-        if not (folder / "args.json").is_file():  # a pipe would be waited for
-            raise OSError("it has no file args.json")
-        saved = json.loads((folder / "args.json").read_text())
-        paths = [f.name for f in fields(Args) if f.type in (Path, Path | None)]
-        args = Args(**saved | {k: Path(saved[k]) for k in paths if saved[k] is not None})
-        for f in fields(Args):
-            if not fits(getattr(args, f.name), f.type):
-                raise TypeError(f"{f.name} is {getattr(args, f.name)!r}")
-        return with_settings(args)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BadInput(f"{folder} is not the folder of a run: {error}") from None
-
-
-def fits(value: object, kind: object) -> bool:
-    """Whether a value from JSON is of a field's type: a class, a word of Literal, or one of several."""
-    if get_args(kind):
-        return any(fits(value, one) for one in get_args(kind))
-    if not isinstance(kind, type):
-        return value == kind
-    if kind is float and type(value) is int:  # JSON writes 1.0 as it likes
-        return abs(value) < 2**63
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def resumed_args(given: Args) -> Args:
-    """The arguments of the run to resume. Raises BadInput where a given flag differs from the run's."""
-    saved, group = read_args(given.resume), given.resume.resolve().parent
-    if given.resume.resolve().name.startswith("seed-") and (group / "args.json").exists():
-        raise BadInput(f"{given.resume} is a part of the run {group}: resume that")
-    refuse_others(given, saved, [f.name for f in fields(Args) if getattr(given, f.name) != f.default])
-    free = {name: getattr(given, name) for name in FREE}
-    return replace(saved, **{k: v for k, v in free.items() if v is not None or k not in ("compile", "cudagraphs")})
-
-
-def refuse_others(given: Args, saved: Args, names: list[str]) -> None:
-    """Raises BadInput where a resumed run was given other arguments of these names than it has."""
-    differ = [
-        f"--{name.replace('_', '-')} {getattr(given, name)} (the run's: {getattr(saved, name)})"
-        for name in names
-        if name not in FREE and getattr(given, name) != getattr(saved, name)
-    ]
-    if differ:
-        raise BadInput(f"a resumed run keeps its arguments; leave out {', '.join(differ)}")
-
-
-def choose_path(args: Args, device: torch.device) -> Args:
-    """args with --compile and --cudagraphs chosen, where they were not, by device and length. Raises BadInput."""
-    on_gpu = device.type == "cuda"
-    if args.cudagraphs and not on_gpu:
-        raise BadInput("--cudagraphs needs --device cuda and a GPU")
-    lacks = lacks_to_compile(on_gpu)
-    if args.compile and lacks:
-        raise BadInput(f"--compile needs {lacks}: install it, or give --no-compile")
-    long = args.num_updates >= 50_000 if on_gpu else args.num_updates * args.num_seeds >= 10_000
-    return replace(
-        args,
-        compile=long and not lacks if args.compile is None else args.compile,
-        cudagraphs=on_gpu and args.num_updates >= 2_000 if args.cudagraphs is None else args.cudagraphs,
-    )
-
-
-def lacks_to_compile(on_gpu: bool) -> str:
-    """What torch.compile wants and this machine has not; "" where it has all."""
-    variable, usual = ("CC", "gcc") if on_gpu else ("CXX", "g++")
-    if on_gpu and importlib.util.find_spec("triton") is None:
-        return "the package triton"
-    if shutil.which(shlex.split(os.environ.get(variable) or usual)[0]) is None:
-        return f"a compiler, {usual} or what {variable} names"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "Python.h (python3-dev)"
-    return ""
 
 
 def make_agent(args: Args, seed: int) -> DiffusionQL:
@@ -907,72 +769,11 @@ def update_some(now: Progress, stop: int, updates: Callable[[int], Tensor], chun
     return n
 
 
-@contextmanager
-def unchanged(agent: DiffusionQL, generators: list[torch.Generator]) -> Iterator[None]:
-    """Whatever is tried within, the agent and the generators come out as they went in."""
-    before, numbers = copy.deepcopy(agent.state_dict()), [generator.get_state() for generator in generators]
-    yield
-    agent.load_state_dict(before)
-    for generator, state in zip(generators, numbers, strict=True):
-        generator.set_state(state)
-
-
-def unstacked(agent: DiffusionQL, args: Args) -> list[dict]:
-    """The state of each seed's agent."""
-    if args.num_seeds == 1:
-        return [agent.state_dict()]
-    from fast_sampler import unstack
-
-    return [unstack(agent.state_dict(), k) for k in range(args.num_seeds)]
-
-
-def rendering_env(args: Args):
-    """An environment that renders, tried out before the training that it shall show. Raises BadInput."""
-    if importlib.util.find_spec("moviepy") is None:
-        raise BadInput("--capture-video needs moviepy: pip install moviepy")
-    env = make_env(args.env_id, args.env_backend, render_mode="rgb_array")
-    try:
-        env.reset(seed=0)
-        env.render()
-        return env
-    except Exception as error:  # every OpenGL backend fails in its own way
-        raise BadInput(f"--capture-video cannot render here ({reason(error)}): try MUJOCO_GL=egl or =osmesa") from None
-
-
-def parse(argv: list[str]) -> Args:
-    """The command line's Args; tyro's boxed complaint becomes one line. Raises BadInput."""
-    words = []  # what may be None wants a value: --compile alone is --compile True, --no-compile is --compile False
-    for word, after in pairwise([*argv, "--"]):
-        flag = word.replace("--no-", "--", 1)
-        if flag in ("--compile", "--cudagraphs", "--max-q-backup") and after not in ("True", "False", "None"):
-            words += [flag, str(flag == word)]
-        else:
-            words.append(word)
-    complaint = io.StringIO()
-    try:
-        with redirect_stderr(complaint):
-            return tyro.cli(Args, args=words)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        words = " ".join(re.sub(r"[\u2500-\u257f]", " ", complaint.getvalue()).split())
-        text = re.split(r"Argument helptext|For full helptext", words)[0].strip()
-        raise BadInput(f"{text} (python dql.py --help lists the flags)") from None
-
-
-def check_resume(args: Args, argv: list[str]) -> None:
-    """Raises BadInput where a flag was given, be it with its default value, that the run to resume has otherwise."""
-    flags = {re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") for word in argv}
-    given = replace(args, dataset_path=args.dataset_path and args.dataset_path.resolve())
-    refuse_others(given, read_args(args.resume), [f.name for f in fields(Args) if f.name in flags])
-
-
 def main() -> None:
     threading.excepthook = lambda _: None  # what fails in TensorBoard's thread is told where the run next writes to it
     try:
-        args = parse(sys.argv[1:])
-        if args.resume:
-            check_resume(args, sys.argv[1:])
+        args = command_line.parse(Args, sys.argv[1:])
+        command_line.refuse_given(args, sys.argv[1:])
         summary = train(args)
     except (BadInput, Diverged, Stopped, KeyboardInterrupt) as error:
         print(f"dql.py: {str(error) or 'interrupted; a run that had begun goes on with --resume'}", file=sys.stderr)

@@ -14,7 +14,15 @@ record dql.py's own `train_step` and `act`. The tests hold every path equal to t
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import importlib.util
+import os
+import shlex
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -22,10 +30,42 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import dql
-from dql import ActDraws, Batch, DiffusionQL, Draws
+from d4rl_tasks import BadInput
+from dql import ActDraws, Args, Batch, DiffusionQL, Draws
 
 NETWORKS = ("policy", "policy_ema", "critic", "critic_target")
 WARM_UPS = 3  # lets Adam make its state, libraries their workspaces and torch.compile its kernels before a capture
+
+
+# ----------------------------------------------------------------------------- which path
+
+
+def choose_path(args: Args, device: torch.device) -> Args:
+    """args with --compile and --cudagraphs chosen, where they were not, by device and length. Raises BadInput."""
+    on_gpu = device.type == "cuda"
+    if args.cudagraphs and not on_gpu:
+        raise BadInput("--cudagraphs needs --device cuda and a GPU")
+    lacks = lacks_to_compile(on_gpu)
+    if args.compile and lacks:
+        raise BadInput(f"--compile needs {lacks}: install it, or give --no-compile")
+    long = args.num_updates >= 50_000 if on_gpu else args.num_updates * args.num_seeds >= 10_000
+    return replace(
+        args,
+        compile=long and not lacks if args.compile is None else args.compile,
+        cudagraphs=on_gpu and args.num_updates >= 2_000 if args.cudagraphs is None else args.cudagraphs,
+    )
+
+
+def lacks_to_compile(on_gpu: bool) -> str:
+    """What torch.compile wants and this machine has not; "" where it has all."""
+    variable, usual = ("CC", "gcc") if on_gpu else ("CXX", "g++")
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if shutil.which(shlex.split(os.environ.get(variable) or usual)[0]) is None:
+        return f"a compiler, {usual} or what {variable} names"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python.h (python3-dev)"
+    return ""
 
 
 # ----------------------------------------------------------------------------- replicas
@@ -55,6 +95,12 @@ def unstack(state, k: int):
     if isinstance(state, list):
         return [unstack(value, k) for value in state]
     return state
+
+
+def states_of(agent: DiffusionQL, num_seeds: int) -> list[dict]:
+    """The state of each seed's agent, whether agent is that one or what `replicate` made of several."""
+    state = agent.state_dict()
+    return [state] if num_seeds == 1 else [unstack(state, k) for k in range(num_seeds)]
 
 
 class Networks(nn.Module):
@@ -136,6 +182,16 @@ def clip_each(network: nn.Module, max_norm: float) -> Tensor:
 # ----------------------------------------------------------------------------- CUDA graphs
 
 
+@contextmanager
+def unchanged(agent: DiffusionQL, generators: list[torch.Generator]) -> Iterator[None]:
+    """Whatever is tried within, the agent and the generators come out as they went in."""
+    before, numbers = copy.deepcopy(agent.state_dict()), [generator.get_state() for generator in generators]
+    yield
+    agent.load_state_dict(before)
+    for generator, state in zip(generators, numbers, strict=True):
+        generator.set_state(state)
+
+
 class FastUpdate:
     """Training steps that the CPU only starts: `fast(n)` replays n and returns their summed losses, (7,) or (K, 7).
 
@@ -151,7 +207,7 @@ class FastUpdate:
         self.sums: Tensor | None = None
         self.step = step  # keeps agent and data: a graph holds no tensor that was made outside of it
         generators = generator if isinstance(generator, list) else [generator]
-        with dql.unchanged(agent, generators):
+        with unchanged(agent, generators):
             self.graph = capture(step, generators, agent.device)
 
     def __call__(self, n: int) -> Tensor:
@@ -176,7 +232,7 @@ class FastSampler:
         generators = generator if isinstance(generator, list) else [generator]
         replicas = len(generators) if isinstance(generator, list) else 1
         self.states = torch.zeros(replicas * num_states, agent.state_dim, device=agent.device)
-        with dql.unchanged(agent, generators):
+        with unchanged(agent, generators):
             self.graph = capture(step, generators, agent.device)
 
     def __call__(self, states: Tensor) -> Tensor:

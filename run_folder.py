@@ -33,7 +33,8 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from d4rl_tasks import BadInput
+from command_line import FREE
+from d4rl_tasks import BadInput, reason
 
 if TYPE_CHECKING:
     from dql import Args, DiffusionQL
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 NETWORKS = ("policy", "policy_ema", "critic", "critic_target")
 LOSS_NAMES = ("critic_loss", "bc_loss", "q_loss", "policy_loss", "target_q", "critic_grad_norm", "policy_grad_norm")
 METRICS = ("step", *LOSS_NAMES, "score", "score_std", "updates_per_second", "seconds")
-FREE = ("resume", "runs_dir", "device", "track", "capture_video", "compile", "cudagraphs")  # may change on resuming
 
 
 class Stopped(Exception):
@@ -201,8 +201,10 @@ def check_same_run(checkpoint: dict, folder: Path, args: Args, device: torch.dev
             print(f"warning: {name} was {before} and is {value}: results may differ in rounding", file=sys.stderr)
 
 
-def restore(checkpoint: dict, folder: Path, agents: list[DiffusionQL], generators: list) -> Progress:
-    """Puts agents and generators where the checkpoint left them. Raises BadInput."""
+def restore(args: Args, agents: list[DiffusionQL], generators: list, device: torch.device) -> Progress:
+    """Puts agents and generators where the checkpoint of the run args.resume left them. Raises BadInput."""
+    folder, checkpoint = args.resume, read_checkpoint(args.resume, device)
+    check_same_run(checkpoint, folder, args, device)
     restore_agents(checkpoint, folder, agents)
     with must_fit(folder):
         for generator, numbers in zip(generators, checkpoint["generators"], strict=True):
@@ -222,6 +224,22 @@ def restore_agents(checkpoint: dict, folder: Path, agents: list[DiffusionQL]) ->
             for name in NETWORKS:
                 if not finite_seeds(getattr(agent, name), 1).all():
                     raise ValueError(f"the parameters of {name} are not finite")
+
+
+@torch.no_grad()
+def fill(own: Tensor | dict | list, saved: Tensor | dict | list) -> None:
+    """Copies a saved state into the tensors of own, and takes nothing else from it. Raises where it does not fit.
+
+    copy_ by itself would broadcast, cut imaginary parts and make integers of fractions.
+    """
+    if isinstance(own, Tensor):
+        if saved.shape != own.shape or saved.is_floating_point() != own.is_floating_point() or saved.is_complex():
+            raise ValueError(f"{saved.dtype} {tuple(saved.shape)} is not {own.dtype} {tuple(own.shape)}")
+        own.copy_(saved)
+        return
+    for key, part in own.items() if isinstance(own, dict) else enumerate(own):
+        if isinstance(part, (Tensor, dict, list)):
+            fill(part, saved[key])
 
 
 @contextmanager
@@ -416,7 +434,8 @@ def seed_folders(args: Args, folder: Path) -> list[Path]:
     return [folder / f"seed-{seed}" for seed in range(args.seed, args.seed + args.num_seeds)]
 
 
-def open_logs(args: Args, folder: Path, step: int) -> list:
+@contextmanager
+def open_logs(args: Args, folder: Path, step: int) -> Iterator[list]:
     """A TensorBoard writer for each seed, which forgets what a run before wrote beyond step, and Weights & Biases."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -428,9 +447,15 @@ def open_logs(args: Args, folder: Path, step: int) -> list:
         except Exception as error:  # it has errors of its own for each way not to be logged in
             raise BadInput(f"--track: {reason(error)}") from None
     try:
-        return [SummaryWriter(path, purge_step=step + 1 if step else None) for path in seed_folders(args, folder)]
+        writers = [SummaryWriter(path, purge_step=step + 1 if step else None) for path in seed_folders(args, folder)]
     except OSError as error:
         raise BadInput(f"cannot write TensorBoard's events in {folder}: {error.strerror}") from None
+    try:
+        yield writers
+    finally:
+        for writer in writers:
+            with suppress(OSError):  # of a full disk, which has been told
+                writer.close()
 
 
 def log(args: Args, folder: Path, history: list[list[dict]], writers: list, paper: tuple | None) -> None:
@@ -466,9 +491,7 @@ def save(args: Args, folder: Path, agents: list[dict], generators: list, now: Pr
     write_torch(folder / "checkpoint.pt", whole | common)
 
 
-def summarize(
-    args: Args, folder: Path, history: list[list[dict]], device: torch.device, paper: tuple | None
-) -> dict:
+def summarize(args: Args, folder: Path, history: list[list[dict]], device: torch.device, paper: tuple | None) -> dict:
     """Writes each seed's summary.json and, of several, the mean and spread; returns the run's."""
     common = {
         "env_id": args.env_id,
@@ -491,8 +514,3 @@ def summarize(
         summary[name] = {"score": float(np.mean(scores)), "std": float(np.std(scores)), "scores": scores}
     write_whole(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     return summary
-
-
-def reason(error: Exception) -> str:
-    """Its message's first line, or its kind where it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]

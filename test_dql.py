@@ -41,6 +41,7 @@ import numpy as np
 import pytest
 import torch
 
+import command_line
 import d4rl_tasks
 import dql
 import fast_sampler
@@ -513,8 +514,8 @@ def assert_same_end(a: Path, b: Path) -> None:
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b)]
     for part in ("agents", "generators"):
         assert_states_close(states[0][part], states[1][part], rtol=0, atol=0)
-    args = dql.read_args(a)
-    for x, y in zip(dql.seed_folders(args, a), dql.seed_folders(args, b), strict=True):
+    args = command_line.read_args(Args, a)
+    for x, y in zip(run_folder.seed_folders(args, a), run_folder.seed_folders(args, b), strict=True):
         assert metrics(x) == metrics(y)
         own = [torch.load(folder / "checkpoint.pt", weights_only=True)["agents"] for folder in (x, y)]
         assert_states_close(*own, rtol=0, atol=0)
@@ -536,17 +537,25 @@ def run_left_alone(tmp_path_factory):
     return run
 
 
+def times_of_change(folder: Path) -> dict[Path, int]:
+    """Of all that a run has written: not of the lock, which every look at it may touch."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+
+
 @run_wanted
 @pytest.mark.parametrize("num_seeds", [1, 2])
-@pytest.mark.parametrize("where, count, step, signum", [
-    ("train_step", 8, 8, signal.SIGTERM), ("act_fresh", 5, 12, signal.SIGINT), ("log", 4, 15, signal.SIGTERM),
+@pytest.mark.parametrize("module, name, count, step, signum", [
+    (dql, "train_step", 8, 8, signal.SIGTERM), (dql, "act_fresh", 5, 12, signal.SIGINT),
+    (run_folder, "log", 4, 15, signal.SIGTERM),
 ])  # fmt: skip
-def test_a_stopped_run_goes_on_exactly(num_seeds, where, count, step, signum, run_left_alone, monkeypatch, capsys):
+def test_a_stopped_run_goes_on_exactly(
+    num_seeds, module, name, count, step, signum, run_left_alone, monkeypatch, capsys
+):
     """A signal in an update, in an evaluation and in a log: a checkpoint, one line, and the end of a run left alone."""
     args, whole = run_left_alone(num_seeds)
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch, pytest.raises(dql.Stopped, match=f"stopped at update {step} of 24") as stop:
-        patch.setattr(dql, where, on_call(count, getattr(dql, where), lambda: signal.raise_signal(signum)))
+        patch.setattr(module, name, on_call(count, getattr(module, name), lambda: signal.raise_signal(signum)))
         dql.train(args)
     assert stop.value.signum == signum
     assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
@@ -556,10 +565,10 @@ def test_a_stopped_run_goes_on_exactly(num_seeds, where, count, step, signum, ru
     assert_same_end(whole, stopped)
 
     capsys.readouterr()
-    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    before = times_of_change(stopped)
     assert dql.train(Args(resume=stopped)) == json.loads(json.dumps(summary))
     assert "is finished" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    assert before == times_of_change(stopped)
 
 
 @run_wanted
@@ -575,7 +584,7 @@ def test_a_run_killed_at_random_moments_ends_the_same(tmp_path):
 @run_wanted
 def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
     whole = Path(dql.train(tiny_args(tmp_path, num_updates=6))["folder"])
-    begun = dql.start_folder(dql.with_settings(tiny_args(tmp_path, num_updates=6)))
+    begun = run_folder.start_folder(dql.with_settings(tiny_args(tmp_path, num_updates=6)))
     dql.train(Args(resume=begun))
     assert_same_end(whole, begun)
 
@@ -605,7 +614,7 @@ def test_resume_refuses_flags_with_their_default_values(run_left_alone, capsys):
         capsys, *resume, "--num-seeds", "1", "--log-every=1000", "--no-lr-decay", "--no-compile"
     )
     same = [*resume, "--num-seeds", "2", "--dataset-path", os.path.relpath(args.dataset_path)]
-    dql.check_resume(dql.parse(same), same)
+    command_line.refuse_given(command_line.parse(Args, same), same)
 
 
 @run_wanted
@@ -652,7 +661,7 @@ def test_a_summary_that_is_none_is_written_again(run_left_alone, tmp_path):
 @run_wanted
 def test_a_second_writer_is_refused(tmp_path):
     """While a process holds the run's folder; not after it is gone, however it went."""
-    folder = dql.start_folder(dql.with_settings(tiny_args(tmp_path, num_updates=2)))
+    folder = run_folder.start_folder(dql.with_settings(tiny_args(tmp_path, num_updates=2)))
     hold = f"import pathlib, run_folder\nwith run_folder.only_writer(pathlib.Path({str(folder)!r})): print(1); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-uc", hold], cwd=HERE, **pipes) as other:
@@ -771,8 +780,8 @@ def test_resume_takes_whole_runs_and_another_path(tmp_path):
     folder = Path(dql.train(tiny_args(tmp_path, num_updates=2, num_seeds=2))["folder"])
     with pytest.raises(BadInput, match="resume that"):
         dql.train(Args(resume=folder / "seed-0"))
-    assert dql.resumed_args(Args(resume=folder)).compile is False
-    assert dql.resumed_args(Args(resume=folder, compile=True)).compile is True
+    assert command_line.resumed_args(Args(resume=folder)).compile is False
+    assert command_line.resumed_args(Args(resume=folder, compile=True)).compile is True
 
 
 @run_wanted
@@ -1061,10 +1070,10 @@ def test_several_seeds_are_the_single_runs(tmp_path):
 
 def test_paths_are_chosen_by_device_and_length(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(dql, "lacks_to_compile", lambda on_gpu: "")
+    monkeypatch.setattr(fast_sampler, "lacks_to_compile", lambda on_gpu: "")
 
     def chosen(device: torch.device, **args) -> tuple[bool, bool]:
-        args = dql.choose_path(dql.with_settings(Args(**args)), device)
+        args = fast_sampler.choose_path(dql.with_settings(Args(**args)), device)
         return args.compile, args.cudagraphs
 
     assert chosen(cpu, num_updates=100) == (False, False) and chosen(cpu, num_updates=10**6) == (True, False)
@@ -1075,7 +1084,7 @@ def test_paths_are_chosen_by_device_and_length(monkeypatch):
     with pytest.raises(BadInput, match="--cudagraphs"):
         chosen(cpu, cudagraphs=True)
     monkeypatch.undo()
-    monkeypatch.setattr(dql.shutil, "which", lambda name: None)
+    monkeypatch.setattr(fast_sampler.shutil, "which", lambda name: None)
     assert chosen(cpu, num_updates=10**6) == (False, False)
     with pytest.raises(BadInput, match=r"--compile needs a compiler, g\+\+"):
         chosen(cpu, compile=True)
@@ -1088,10 +1097,10 @@ def test_a_captured_sampler_refuses_other_shapes():
 
 
 def test_flags_that_may_be_none_need_no_value():
-    assert dql.parse(["--compile", "--seed", "3"]).compile is True
-    assert dql.parse(["--no-compile"]).compile is False
-    assert dql.parse(["--cudagraphs", "False", "--max-q-backup"]).cudagraphs is False
-    assert dql.parse([]).compile is None
+    assert command_line.parse(Args, ["--compile", "--seed", "3"]).compile is True
+    assert command_line.parse(Args, ["--no-compile"]).compile is False
+    assert command_line.parse(Args, ["--cudagraphs", "False", "--max-q-backup"]).cudagraphs is False
+    assert command_line.parse(Args, []).compile is None
 
 
 # ----------------------------------------------------------------- bad input
@@ -1581,7 +1590,7 @@ def test_any_command_line_gives_sound_arguments_or_one_line():
         argv = [word for flag, by, value in triples
                 for word in {"": [flag], " ": [flag, value], "=": [f"{flag}={value}"]}[by]]  # fmt: skip
         try:
-            args = dql.with_settings(dql.parse(argv))
+            args = dql.with_settings(command_line.parse(Args, argv))
         except BadInput as error:
             assert len(str(error).splitlines()) == 1 and len(str(error)) < 2000
             return
@@ -1612,7 +1621,7 @@ def test_arguments_come_back_from_the_command_line():
         for f in fields(Args):
             flag, value = f"--{f.name.replace('_', '-')}", getattr(args, f.name)
             argv += [flag if value else flag.replace("--", "--no-")] if f.type is bool else [flag, str(value)]
-        assert dql.parse(argv) == args
+        assert command_line.parse(Args, argv) == args
 
     fuzz(check, 100, st.builds(Args, **sound))
 

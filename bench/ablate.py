@@ -30,6 +30,7 @@ import tyro
 from torch import Tensor
 
 import dql
+import fast_sampler
 from d4rl_tasks import BadInput, load_dataset, make_envs, normalized_score
 from dql import Batch, DiffusionQL
 from run_folder import LOSS_NAMES, versions, write_whole
@@ -117,7 +118,7 @@ def at_once(args: Args, missing: list[Setting], device: torch.device) -> list[li
     """What is trained at once of a group: all; each alone where it would be eager, for eager replicas cost more."""
     if len(missing) < 2:
         return [missing] * len(missing)
-    path = dql.choose_path(settings_of(args, replicas=len(missing)), device)
+    path = fast_sampler.choose_path(settings_of(args, replicas=len(missing)), device)
     return [missing] if path.compile or path.cudagraphs else [[one] for one in missing]
 
 
@@ -125,7 +126,7 @@ def train_group(args: Args, settings: Sequence[Setting], dataset: Batch, bar) ->
     """Trains agents that differ in eta and seed at once, evaluates them; their rows."""
     num_steps, eta, _ = settings[0]
     own = settings_of(args, num_steps, eta, len(settings))
-    own = dql.choose_path(own, dataset.state.device)
+    own = fast_sampler.choose_path(own, dataset.state.device)
     agents = [dql.make_agent(replace(own, eta=eta), seed) for _, eta, seed in settings]
     device = agents[0].device
     generators = [torch.Generator(device).manual_seed(seed) for _, _, seed in settings]
@@ -138,7 +139,7 @@ def train_group(args: Args, settings: Sequence[Setting], dataset: Batch, bar) ->
         run_updates(updates, own.num_updates - tenth, bar)
     losses, ms_per_update = run_updates(updates, tenth, bar)
     scores, ms_per_act = evaluate(own, act, settings, device)
-    states = dql.unstacked(agent, own)
+    states = fast_sampler.states_of(agent, len(settings))
     rows = []
     for k, (num_steps, eta, seed) in enumerate(settings):
         agents[k].load_state_dict(states[k])

@@ -38,6 +38,7 @@ from filelock import FileLock, Timeout
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import command_line  # noqa: E402
 import dql  # noqa: E402
 from d4rl_tasks import TASKS, BadInput, task_of  # noqa: E402
 from run_folder import write_whole  # noqa: E402
@@ -429,7 +430,7 @@ def train(args: Args, wanted: dict[str, dict], words: list[str]) -> int:
 def run(argv: list[str]) -> int:
     """What the command line asks for; the exit code. Raises BadInput."""
     args, words = parse(argv)
-    given = dql.parse(words)
+    given = command_line.parse(dql.Args, words)
     if taken := [name for name in OWN if getattr(given, name) != getattr(dql.Args(), name)]:
         raise BadInput(f"--{taken[0].replace('_', '-')} is not passed on: each job has its own (see --help)")
     wanted = {env_id: settings_of(env_id, given) for env_id in choose_tasks(args.tasks)}

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import dql
+import fast_sampler
 from d4rl_tasks import TASKS, find_spec
 
 torch.set_num_threads(1)
@@ -206,7 +207,7 @@ def test_what_is_trained_at_once(tmp_path):
     assert ablate.at_once(args, settings, cpu) == [settings[:1], settings[1:]]
     long = replace(args, num_updates=100_000)
     assert ablate.at_once(long, [], cpu) == []
-    if not dql.lacks_to_compile(on_gpu=False):
+    if not fast_sampler.lacks_to_compile(on_gpu=False):
         assert ablate.at_once(long, settings, cpu) == [settings]
 
 

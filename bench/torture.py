@@ -33,8 +33,9 @@ import tyro
 from tqdm import tqdm
 
 import dql
+from command_line import read_args
 from d4rl_tasks import TASKS
-from run_folder import held_signals, save, seed_folders, versions, write_whole
+from run_folder import Progress, check_health, held_signals, log, save, seed_folders, versions, write_whole
 
 
 @dataclass
@@ -92,7 +93,7 @@ def newest(args: dql.Args) -> Path | None:
 
 def ends_alike(a: Path, b: Path) -> bool:
     """Whether weights, optimizers, generators, metrics (times aside) and scores are the same bits."""
-    args = dql.read_args(a)
+    args = read_args(dql.Args, a)
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b)]
     alike = all(same(states[0][part], states[1][part]) for part in ("agents", "generators"))
     for x, y in zip(seed_folders(args, a), seed_folders(args, b), strict=True):
@@ -183,7 +184,7 @@ def overhead(folder: Path) -> dict:
     dataset = dql.make_batch(dql.load_dataset(args.env_id), args.reward, device)
     agent, generators = dql.make_agent(args, 0), [torch.Generator().manual_seed(0)]
     _, updates, _ = dql.make_steps(args, [agent], dataset, generators, generators)
-    now = dql.Progress.begin(1, device)
+    now = Progress.begin(1, device)
 
     def bare() -> None:
         sums = 0
@@ -198,9 +199,9 @@ def overhead(folder: Path) -> dict:
             check_signals()
 
     def row() -> None:
-        dql.check_health(folder, args, agent, now)
+        check_health(folder, args, agent, now)
         now.add_row(now.end_row())
-        dql.log(args, folder, now.history, writers, None)
+        log(args, folder, now.history, writers, None)
 
     def seconds(block) -> float:
         begun = time.perf_counter()
@@ -215,7 +216,7 @@ def overhead(folder: Path) -> dict:
             bares.append((before + after) / 2)
             ratios.append(within / bares[-1])
             rows.append(seconds(row))
-            saves.append(seconds(lambda: save(args, folder, dql.unstacked(agent, args), generators, now)))
+            saves.append(seconds(lambda: save(args, folder, [agent.state_dict()], generators, now)))
     update, ratio, of_row, of_save = map(statistics.median, (bares, ratios, rows, saves))
     update /= 20
     added = (ratio - 1) + of_row / (args.log_every * update) + of_save / (args.checkpoint_every * update)

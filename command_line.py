@@ -1,0 +1,128 @@
+"""What a run was asked for: the flags of dql.py, those that a run's folder keeps in args.json, and what fits neither.
+
+`Args` itself, its defaults and the paper's settings are in dql.py. All that is wrong here raises BadInput, whose one
+line says what to mend.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from contextlib import redirect_stderr
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import tyro
+
+from d4rl_tasks import BadInput
+
+if TYPE_CHECKING:
+    from dql import Args
+
+FREE = ("resume", "runs_dir", "device", "track", "capture_video", "compile", "cudagraphs")  # may change on resuming
+
+
+def parse(kind: type[Args], argv: list[str]) -> Args:
+    """The command line as an object of class kind, Args. tyro's boxed complaint becomes one line. Raises BadInput."""
+    words = []  # what may be None wants a value: --compile alone is --compile True, --no-compile is --compile False
+    for word, after in pairwise([*argv, "--"]):
+        flag = word.replace("--no-", "--", 1)
+        if flag in ("--compile", "--cudagraphs", "--max-q-backup") and after not in ("True", "False", "None"):
+            words += [flag, str(flag == word)]
+        else:
+            words.append(word)
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            return tyro.cli(kind, args=words)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        words = " ".join(re.sub(r"[\u2500-\u257f]", " ", complaint.getvalue()).split())
+        text = re.split(r"Argument helptext|For full helptext", words)[0].strip()
+        raise BadInput(f"{text} (python dql.py --help lists the flags)") from None
+
+
+def check_ranges(args: Args) -> None:
+    """Raises BadInput where a number is out of its range, or goes with no other."""
+    if args.eta == 0 and args.eval_candidates > 1:
+        raise BadInput("--eta 0 trains no critics to choose by: leave out --eval-candidates, or give a small --eta")
+    for names, good, wanted in (
+        ("num_seeds num_updates batch_size num_steps average_every eval_every eval_episodes eval_candidates log_every "
+         "checkpoint_every",
+         lambda v: 1 <= v < 2**31, "at least 1 and below 2^31"),
+        ("num_steps num_seeds", lambda v: v <= 10_000, "at most 10,000"),
+        ("eta grad_norm average_from eval_temperature offline_rank",
+         lambda v: 0 <= v < 1e18, "at least 0 and below 1e18"),
+        ("seed", lambda v: 0 <= v < 2**31, "at least 0 and below 2^31"),
+        ("learning_rate", lambda v: 0 < v < math.inf, "finite and above 0"),
+        ("gamma tau average_decay", lambda v: 0 <= v <= 1, "between 0 and 1"),
+    ):  # fmt: skip
+        for name in names.split():
+            if not good(getattr(args, name)):
+                raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be {wanted}")
+
+
+# ----------------------------------------------------------------------------- args.json
+
+
+def read_args(kind: type[Args], folder: Path) -> Args:
+    """The arguments of the run in a folder, of class kind, Args. Raises BadInput."""
+    try:
+        if not (folder / "args.json").is_file():  # a pipe would be waited for
+            raise OSError("it has no file args.json")
+        saved = json.loads((folder / "args.json").read_text())
+        paths = [f.name for f in fields(kind) if f.type in (Path, Path | None)]
+        args = kind(**saved | {k: Path(saved[k]) for k in paths if saved[k] is not None})
+        for f in fields(kind):
+            if not fits(getattr(args, f.name), f.type):
+                raise TypeError(f"{f.name} is {getattr(args, f.name)!r}")
+        return args
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadInput(f"{folder} is not the folder of a run: {error}") from None
+
+
+def fits(value: object, kind: object) -> bool:
+    """Whether a value from JSON is of a field's type: a class, a word of Literal, or one of several."""
+    if get_args(kind):
+        return any(fits(value, one) for one in get_args(kind))
+    if not isinstance(kind, type):
+        return value == kind
+    if kind is float and type(value) is int:  # JSON writes 1.0 as it likes
+        return abs(value) < 2**63
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def resumed_args(given: Args) -> Args:
+    """The arguments of the run to resume. Raises BadInput where a given flag differs from the run's."""
+    kind, group = type(given), given.resume.resolve().parent
+    saved = read_args(kind, given.resume)
+    if given.resume.resolve().name.startswith("seed-") and (group / "args.json").exists():
+        raise BadInput(f"{given.resume} is a part of the run {group}: resume that")
+    refuse_others(given, saved, [f.name for f in fields(kind) if getattr(given, f.name) != f.default])
+    free = {name: getattr(given, name) for name in FREE}
+    return replace(saved, **{k: v for k, v in free.items() if v is not None or k not in ("compile", "cudagraphs")})
+
+
+def refuse_given(args: Args, argv: list[str]) -> None:
+    """Raises BadInput where a flag was given, be it with its default value, and the run to resume has it otherwise."""
+    if not args.resume:
+        return
+    flags = {re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") for word in argv}
+    given = replace(args, dataset_path=args.dataset_path and args.dataset_path.resolve())
+    refuse_others(given, read_args(type(args), args.resume), [f.name for f in fields(args) if f.name in flags])
+
+
+def refuse_others(given: Args, saved: Args, names: list[str]) -> None:
+    """Raises BadInput where a resumed run was given other arguments of these names than it has."""
+    differ = [
+        f"--{name.replace('_', '-')} {getattr(given, name)} (the run's: {getattr(saved, name)})"
+        for name in names
+        if name not in FREE and getattr(given, name) != getattr(saved, name)
+    ]
+    if differ:
+        raise BadInput(f"a resumed run keeps its arguments; leave out {', '.join(differ)}")
