@@ -659,9 +659,9 @@ def run(args: Args) -> dict:
     agents = [make_agent(args, seed) for seed in seeds]
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     eval_generators = [torch.Generator(device) for _ in seeds]
-    now = Progress.begin(len(seeds), device)
+    now = Progress.begin(len(seeds), dataset)
     if args.resume and (args.resume / "checkpoint.pt").exists():
-        now = run_folder.restore(args, agents, generators, device)
+        now = run_folder.restore(args, agents, generators, now)
     agent, updates, act = make_steps(args, agents, dataset, generators, eval_generators)
     folder = args.resume or run_folder.start_folder(args)
     path = f"{'compiled' if args.compile else 'eager'}{' and captured' * args.cudagraphs}"

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +38,7 @@ from command_line import FREE
 from d4rl_tasks import BadInput, reason
 
 if TYPE_CHECKING:
-    from dql import Args, DiffusionQL
+    from dql import Args, Batch, DiffusionQL
 
 NETWORKS = ("policy", "policy_ema", "critic", "critic_target")
 LOSS_NAMES = ("critic_loss", "bc_loss", "q_loss", "policy_loss", "target_q", "critic_grad_norm", "policy_grad_norm")
@@ -64,11 +65,14 @@ class Progress:
     sums: Tensor  # (K, 7), the losses of those since the last row of metrics.csv, added up
     seconds: float  # that these took
     history: list[list[dict]]  # of each seed, the rows of metrics.csv
+    data: int  # checksum of the data set
     kept: int = 0  # update of the last checkpoint
 
     @classmethod
-    def begin(cls, num_seeds: int, device: torch.device) -> Progress:
-        return cls(0, torch.zeros(num_seeds, len(LOSS_NAMES), device=device), 0.0, [[] for _ in range(num_seeds)])
+    def begin(cls, num_seeds: int, dataset: Batch) -> Progress:
+        sums, history = dataset.reward.new_zeros(num_seeds, len(LOSS_NAMES)), [[] for _ in range(num_seeds)]
+        data = functools.reduce(lambda crc, x: zlib.crc32(x.cpu().numpy(), crc), dataset, 0)
+        return cls(0, sums, 0.0, history, data)
 
     def last_row(self) -> int:
         """The update of the last row."""
@@ -201,10 +205,16 @@ def check_same_run(checkpoint: dict, folder: Path, args: Args, device: torch.dev
             print(f"warning: {name} was {before} and is {value}: results may differ in rounding", file=sys.stderr)
 
 
-def restore(args: Args, agents: list[DiffusionQL], generators: list, device: torch.device) -> Progress:
-    """Puts agents and generators where the checkpoint of the run args.resume left them. Raises BadInput."""
-    folder, checkpoint = args.resume, read_checkpoint(args.resume, device)
+def restore(args: Args, agents: list[DiffusionQL], generators: list, begun: Progress) -> Progress:
+    """Puts agents and generators where the checkpoint of the run args.resume left them, if it began like this one.
+
+    Raises BadInput.
+    """
+    folder, device = args.resume, begun.sums.device
+    checkpoint = read_checkpoint(folder, device)
     check_same_run(checkpoint, folder, args, device)
+    if checkpoint["progress"].get("data") != begun.data:
+        raise BadInput(f"the data are no longer those that {folder} began with: bring those back, or begin a new run")
     restore_agents(checkpoint, folder, agents)
     with must_fit(folder):
         for generator, numbers in zip(generators, checkpoint["generators"], strict=True):

@@ -591,7 +591,8 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path):
 
 @run_wanted
 def test_resume_refuses_what_is_not_the_run(tmp_path):
-    folder = Path(dql.train(tiny_args(tmp_path, num_updates=2))["folder"])
+    h5py, args = pytest.importorskip("h5py"), tiny_args(tmp_path, num_updates=2)
+    folder = Path(dql.train(args)["folder"])
     (folder / "summary.json").unlink()
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     with pytest.raises(BadInput, match=r"--eta 7.0 \(the run's: 1.0\)"):
@@ -601,6 +602,11 @@ def test_resume_refuses_what_is_not_the_run(tmp_path):
         dql.train(Args(resume=folder, device="cpu"))
     torch.save(checkpoint | {"args": checkpoint["args"] | {"eta": 7.0}}, folder / "checkpoint.pt")
     with pytest.raises(BadInput, match=r"not of the run of its args\.json: eta differ"):
+        dql.train(Args(resume=folder, device="cpu"))
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    with h5py.File(args.dataset_path, "r+") as file:
+        file["rewards"][7] += 1
+    with pytest.raises(BadInput, match="data are no longer those"):
         dql.train(Args(resume=folder, device="cpu"))
 
 

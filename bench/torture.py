@@ -184,7 +184,7 @@ def overhead(folder: Path) -> dict:
     dataset = dql.make_batch(dql.load_dataset(args.env_id), args.reward, device)
     agent, generators = dql.make_agent(args, 0), [torch.Generator().manual_seed(0)]
     _, updates, _ = dql.make_steps(args, [agent], dataset, generators, generators)
-    now = Progress.begin(1, device)
+    now = Progress.begin(1, dataset)
 
     def bare() -> None:
         sums = 0
