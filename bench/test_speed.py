@@ -8,6 +8,7 @@ replica is one more agent updated in the same step. On a GPU the device is waite
 """
 
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -96,15 +97,6 @@ def test_update(benchmark, path) -> None:
     assert torch.isfinite(measure(benchmark, work)).all()
 
 
-@pytest.mark.benchmark(group=f"{UPDATES} updates")
-def test_update_official(benchmark, official) -> None:
-    from utils.data_sampler import Data_Sampler
-
-    data = Data_Sampler(arrays(), official.device)
-    metric = measure(benchmark, lambda: official.train(data, UPDATES, 256))
-    assert np.isfinite(metric["actor_loss"]).all()
-
-
 @pytest.mark.benchmark(group=f"{UPDATES} updates of each replica")
 @pytest.mark.parametrize("replicas", [1, 4, *(pytest.param(k, marks=gpu) for k in (5, 16, 64))])
 def test_update_replicas(benchmark, replicas) -> None:
@@ -139,15 +131,6 @@ def test_act(benchmark, states) -> None:
     assert measure(benchmark, lambda: act(x).cpu(), rounds=20).shape == (states, ACTION_DIM)
 
 
-@pytest.mark.benchmark(group="act: states, 50 candidates each")
-@pytest.mark.parametrize("states", [1, 10])
-def test_act_official(benchmark, official, states) -> None:
-    """It takes one state a call."""
-    x = np.random.default_rng(0).standard_normal((states, STATE_DIM))
-    actions = measure(benchmark, lambda: [official.sample_action(state) for state in x], rounds=20)
-    assert np.shape(actions) == (states, ACTION_DIM)
-
-
 def short_episodes() -> list:
     """Ten HalfCheetahs that stop after 20 of the 1,000 time steps."""
     gymnasium = pytest.importorskip("gymnasium")
@@ -161,22 +144,55 @@ def test_evaluation(benchmark) -> None:
     assert np.isfinite(measure(benchmark, lambda: dql.evaluate(act, envs, list(range(10)), DEVICE))).all()
 
 
-@pytest.mark.benchmark(group="evaluation: 20 time steps of 10 episodes")
-def test_evaluation_official(benchmark, official) -> None:
+# ----------------------------------------------------------------------------- beside the official implementation
+
+
+def evaluate_officially(official, envs: list) -> list[float]:
     """Its own loop: episode after episode, one state a call."""
-    envs = short_episodes()
+    returns = []
+    for k, env in enumerate(envs):
+        (state, _), done, total = env.reset(seed=k), False, 0.0
+        while not done:
+            state, reward, terminated, truncated, _ = env.step(official.sample_action(np.array(state)))
+            done, total = terminated or truncated, total + reward
+        returns.append(total)
+    return returns
 
-    def evaluate() -> list[float]:
-        returns = []
-        for k, env in enumerate(envs):
-            (state, _), done, total = env.reset(seed=k), False, 0.0
-            while not done:
-                state, reward, terminated, truncated, _ = env.step(official.sample_action(np.array(state)))
-                done, total = terminated or truncated, total + reward
-            returns.append(total)
-        return returns
 
-    assert np.isfinite(measure(benchmark, evaluate, rounds=3)).all()
+def both(work: str, official) -> tuple[Callable, Callable]:
+    """The same work by us, as fast as we can here, and by the official implementation."""
+    if work == "update":
+        from utils.data_sampler import Data_Sampler
+
+        data = Data_Sampler(arrays(), official.device)
+        return trainer(compiled=True, captured=ON_GPU), lambda: official.train(data, UPDATES, 256)
+    if work == "evaluation":
+        act, ours, theirs = actor(10), short_episodes(), short_episodes()
+        return lambda: dql.evaluate(act, ours, list(range(10)), DEVICE), lambda: evaluate_officially(official, theirs)
+    act, x = actor(int(work.split()[1])), torch.randn(int(work.split()[1]), STATE_DIM, device=DEVICE)
+    states = x.cpu().numpy()
+    return lambda: act(x).cpu(), lambda: [official.sample_action(state) for state in states]  # one state a call
+
+
+@pytest.mark.benchmark(group="beside the official implementation")
+@pytest.mark.parametrize("work, rounds", [("update", 15), ("act 1", 40), ("act 10", 20), ("evaluation", 5)])
+def test_beside_official(benchmark, official, work, rounds, capsys) -> None:
+    """In turns, so that what else the machine does slows both: quartiles of the ratios, round by round."""
+    ours, theirs = both(work, official)
+    seconds = []
+
+    def timed(work: Callable) -> float:
+        begun = time.perf_counter()
+        work()
+        if ON_GPU:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    benchmark.pedantic(timed, (ours,), setup=lambda: seconds.append(timed(theirs)), rounds=rounds, warmup_rounds=1)
+    low, ratio, high = np.quantile(np.array(seconds[-rounds:]) / benchmark.stats.stats.data, [0.25, 0.5, 0.75])
+    benchmark.extra_info |= {"official_seconds": float(np.median(seconds)), "ratio_quartiles": [low, ratio, high]}
+    with capsys.disabled():
+        print(f"\n{work}: the official implementation takes {ratio:.2f} times as long ({low:.2f} to {high:.2f})")
 
 
 # ----------------------------------------------------------------------------- what an update is made of
