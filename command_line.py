@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 from contextlib import redirect_stderr
 from dataclasses import fields, replace
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
 FREE = ("resume", "runs_dir", "device", "track", "capture_video", "compile", "cudagraphs")  # may change on resuming
 
 
-def parse(kind: type[Args], argv: list[str]) -> Args:
-    """The command line as an object of class kind, Args. tyro's boxed complaint becomes one line. Raises BadInput."""
+def parse(argv: list[str]) -> Args:
+    """The command line; tyro's boxed complaint becomes one line. Raises BadInput."""
+    from dql import Args  # not above: that file imports this one
+
     words = []  # what may be None wants a value: --compile alone is --compile True, --no-compile is --compile False
     for word, after in pairwise([*argv, "--"]):
         flag = word.replace("--no-", "--", 1)
@@ -38,7 +41,7 @@ def parse(kind: type[Args], argv: list[str]) -> Args:
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
-            return tyro.cli(kind, args=words)
+            return tyro.cli(Args, args=words)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -67,21 +70,28 @@ def check_ranges(args: Args) -> None:
                 raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be {wanted}")
 
 
+def absolute(path: Path) -> Path:
+    """What it is from any folder: a resumed run may be in another."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
 # ----------------------------------------------------------------------------- args.json
 
 
-def read_args(kind: type[Args], folder: Path) -> Args:
-    """The arguments of the run in a folder, of class kind, Args. Raises BadInput."""
+def read_args(folder: Path) -> Args:
+    """The arguments of the run in a folder. Raises BadInput."""
+    from dql import Args, with_settings
+
     try:
         if not (folder / "args.json").is_file():  # a pipe would be waited for
             raise OSError("it has no file args.json")
         saved = json.loads((folder / "args.json").read_text())
-        paths = [f.name for f in fields(kind) if f.type in (Path, Path | None)]
-        args = kind(**saved | {k: Path(saved[k]) for k in paths if saved[k] is not None})
-        for f in fields(kind):
+        paths = [f.name for f in fields(Args) if f.type in (Path, Path | None)]
+        args = Args(**saved | {k: Path(saved[k]) for k in paths if saved[k] is not None})
+        for f in fields(Args):
             if not fits(getattr(args, f.name), f.type):
                 raise TypeError(f"{f.name} is {getattr(args, f.name)!r}")
-        return args
+        return with_settings(args)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadInput(f"{folder} is not the folder of a run: {error}") from None
 
@@ -99,11 +109,10 @@ def fits(value: object, kind: object) -> bool:
 
 def resumed_args(given: Args) -> Args:
     """The arguments of the run to resume. Raises BadInput where a given flag differs from the run's."""
-    kind, group = type(given), given.resume.resolve().parent
-    saved = read_args(kind, given.resume)
+    saved, group = read_args(given.resume), given.resume.resolve().parent
     if given.resume.resolve().name.startswith("seed-") and (group / "args.json").exists():
         raise BadInput(f"{given.resume} is a part of the run {group}: resume that")
-    refuse_others(given, saved, [f.name for f in fields(kind) if getattr(given, f.name) != f.default])
+    refuse_others(given, saved, [f.name for f in fields(given) if getattr(given, f.name) != f.default])
     free = {name: getattr(given, name) for name in FREE}
     return replace(saved, **{k: v for k, v in free.items() if v is not None or k not in ("compile", "cudagraphs")})
 
@@ -112,9 +121,10 @@ def refuse_given(args: Args, argv: list[str]) -> None:
     """Raises BadInput where a flag was given, be it with its default value, and the run to resume has it otherwise."""
     if not args.resume:
         return
-    flags = {re.sub("^--(no-)?", "", word.split("=")[0]).replace("-", "_") for word in argv}
-    given = replace(args, dataset_path=args.dataset_path and args.dataset_path.resolve())
-    refuse_others(given, read_args(type(args), args.resume), [f.name for f in fields(args) if f.name in flags])
+    words = [word.split("=")[0] for word in argv if word.startswith("--")]
+    flags = {re.sub("^--(no-)?", "", word).replace("-", "_") for word in words}
+    given = replace(args, dataset_path=args.dataset_path and absolute(args.dataset_path))
+    refuse_others(given, read_args(args.resume), [f.name for f in fields(args) if f.name in flags])
 
 
 def refuse_others(given: Args, saved: Args, names: list[str]) -> None:

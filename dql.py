@@ -38,7 +38,6 @@ import math
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -186,7 +185,7 @@ def with_settings(args: Args) -> Args:
     """args with every None that the task's settings answer filled in. Raises BadInput where a value makes no sense."""
     task_of(args.env_id)
     if args.dataset_path:
-        args = replace(args, dataset_path=args.dataset_path.resolve())  # a resumed run may have another folder
+        args = replace(args, dataset_path=command_line.absolute(args.dataset_path))
     settings = SETTINGS[args.env_id]._asdict()
     args = replace(args, **{k: v for k, v in settings.items() if k != "paper" and getattr(args, k) is None})
     if args.eval_candidates is None:
@@ -404,7 +403,7 @@ class DiffusionQL:
         self.policy_opt = self.adam(self.policy, args.learning_rate)
         self.critic_opt = self.adam(self.critic, CRITIC_LEARNING_RATE)
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.eta: float | Tensor = args.eta
+        self.eta = torch.tensor(args.eta, dtype=torch.get_default_dtype(), device=self.device)
         if args.compile:
             self.compile()
 
@@ -468,33 +467,32 @@ class DiffusionQL:
         """One iteration of Algorithm 1. Nothing in it waits for the device."""
         if self.args.lr_decay:
             self.decay_learning_rates()
-        # Behaviour cloning (eta 0) has no critics
-        critic = self.update_critics(batch, draws) if self.args.eta > 0 else None
-        policy = self.update_policy(batch, draws)
+        # behaviour cloning (eta 0) has no critics
+        no_critics = 3 * (torch.zeros_like(self.eta),)
+        critic_loss, target_q, critic_norm = self.update_critics(batch, draws) if self.args.eta > 0 else no_critics
+        bc_loss, q_loss, policy_loss, policy_norm = self.update_policy(batch, draws)
         self.move_averages()
         self.step += 1
-        critic_loss, target_q, critic_grad_norm = critic or 3 * (torch.zeros_like(policy[0]),)
-        bc_loss, q_loss, policy_loss, policy_grad_norm = policy
-        return Losses(critic_loss, bc_loss, q_loss, policy_loss, target_q, critic_grad_norm, policy_grad_norm)
+        return Losses(critic_loss, bc_loss, q_loss, policy_loss, target_q, critic_norm, policy_norm)
 
     def update_critics(self, batch: Batch, draws: Draws) -> tuple[Tensor, ...]:
         """A step down Eq. 4."""
         loss, target_q = self.critic_loss(batch, draws.next_noise)
-        self.critic_opt.zero_grad()
-        loss.sum().backward()
-        grad_norm = self.clip_gradients(self.critic)
-        self.critic_opt.step()
-        return loss.detach(), target_q, grad_norm
+        return loss.detach(), target_q, self.descend(loss, self.critic, self.critic_opt)
 
     def update_policy(self, batch: Batch, draws: Draws) -> tuple[Tensor, ...]:
         """A step down Eq. 3, whose denoising part is Eq. 2."""
         bc, q = self.policy_losses(batch, draws)
         loss = bc + self.eta * q
-        self.policy_opt.zero_grad()
-        loss.sum().backward()
-        grad_norm = self.clip_gradients(self.policy)
-        self.policy_opt.step()
-        return bc.detach(), q.detach(), loss.detach(), grad_norm
+        return bc.detach(), q.detach(), loss.detach(), self.descend(loss, self.policy, self.policy_opt)
+
+    def descend(self, loss: Tensor, network: nn.Module, optimizer: torch.optim.Adam) -> Tensor:
+        """One step of a network down its loss; the norm of its gradient before clipping."""
+        optimizer.zero_grad()
+        loss.sum().backward()  # of replicas there is a loss each, of none but its own parameters
+        grad_norm = self.clip_gradients(network)
+        optimizer.step()
+        return grad_norm
 
     def clip_gradients(self, network: nn.Module) -> Tensor:
         """Scales a network's gradients to --grad-norm, where they are longer; their norm before."""
@@ -606,7 +604,7 @@ def evaluate_seeds(args: Args, act: Callable, envs: list, generators: list[torch
 def load_policy(folder: str | Path, seed: int = 0, device: str = "auto") -> Callable:
     """The trained policy of a run: states (S,) or (E, S), numpy or torch, in; actions of the same kind out."""
     folder = Path(folder)
-    args = with_settings(replace(command_line.read_args(Args, folder), device=device, compile=False))
+    args = replace(command_line.read_args(folder), device=device, compile=False)
     if args.num_seeds > 1:
         raise BadInput(f"{folder} holds {args.num_seeds} policies: give one of its folders seed-*")
     task = TASKS[args.env_id]
@@ -633,7 +631,7 @@ def train(args: Args) -> dict:
     """
     if not args.resume:
         return run(with_settings(args))
-    args = with_settings(command_line.resumed_args(args))
+    args = command_line.resumed_args(args)
     with run_folder.only_writer(args.resume):
         if summary := run_folder.finished(args.resume, args.num_updates):
             print(f"{args.resume} is finished: nothing is left to do")
@@ -649,7 +647,8 @@ def run(args: Args) -> dict:
 
     device, paper = choose_device(args.device), SETTINGS[args.env_id].paper
     args = fast_sampler.choose_path(args, device)
-    dataset = make_batch(load_dataset(args.env_id, args.dataset_path, args.env_backend), args.reward, device)
+    data = load_dataset(args.env_id, args.dataset_path, args.env_backend)
+    dataset = make_batch(data, args.reward, device)
     seeds = range(args.seed, args.seed + args.num_seeds)
     envs = make_envs(args.env_id, args.eval_episodes * len(seeds), args.env_backend)
     video_env = rendering_env(args.env_id, args.env_backend) if args.capture_video else None
@@ -659,7 +658,7 @@ def run(args: Args) -> dict:
     agents = [make_agent(args, seed) for seed in seeds]
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     eval_generators = [torch.Generator(device) for _ in seeds]
-    now = Progress.begin(len(seeds), dataset)
+    now = Progress.begin(len(seeds), device, data)
     if args.resume and (args.resume / "checkpoint.pt").exists():
         now = run_folder.restore(args, agents, generators, now)
     agent, updates, act = make_steps(args, agents, dataset, generators, eval_generators)
@@ -689,7 +688,7 @@ def run(args: Args) -> dict:
                 while now.last_row() < args.num_updates:
                     row_at = now.next_row(args)
                     while now.step < row_at:
-                        n = update_some(now, row_at, updates, 10 if args.cudagraphs else 1)
+                        n = now.advance(updates, row_at, 10 if args.cudagraphs else 1)
                         bar.update(n)
                         check_signals()
                         if now.step % args.checkpoint_every < n:
@@ -731,16 +730,14 @@ def make_agent(args: Args, seed: int) -> DiffusionQL:
 
 def make_steps(args: Args, agents: list, dataset: Batch, generators: list, eval_generators: list) -> tuple:
     """(agent, updates, act): updates(n) trains and returns n updates' summed losses, act maps states to actions."""
+    import fast_sampler
+
     agent, generator, eval_generator = agents[0], generators[0], eval_generators[0]
     if args.num_seeds > 1:
-        from fast_sampler import replicate
-
-        agent, generator, eval_generator = replicate(agents, args.compile), generators, eval_generators
+        agent, generator, eval_generator = fast_sampler.replicate(agents, args.compile), generators, eval_generators
     if args.cudagraphs:
-        from fast_sampler import FastSampler, FastUpdate
-
-        sampler = FastSampler(agent, args.eval_episodes, eval_generator)
-        return agent, FastUpdate(agent, dataset, generator), sampler
+        act = fast_sampler.FastSampler(agent, args.eval_episodes, eval_generator)
+        return agent, fast_sampler.FastUpdate(agent, dataset, generator), act
     return (
         agent,
         lambda n: sum(train_step(agent, dataset, generator) for _ in range(n)),
@@ -759,35 +756,22 @@ def act_fresh(agent: DiffusionQL, states: Tensor, generator: torch.Generator) ->
     return agent.act(states, agent.draw_act(len(states), generator))
 
 
-def update_some(now: Progress, stop: int, updates: Callable[[int], Tensor], chunk: int) -> int:
-    """Updates as far as the next multiple of chunk, or stop: the same sums in the same order whoever resumes where."""
-    begun = time.perf_counter()
-    n = min(chunk - now.step % chunk, stop - now.step)
-    now.sums = now.sums + updates(n)
-    now.step += n
-    now.seconds += time.perf_counter() - begun
-    return n
-
-
 def main() -> None:
     threading.excepthook = lambda _: None  # what fails in TensorBoard's thread is told where the run next writes to it
     try:
-        args = command_line.parse(Args, sys.argv[1:])
+        args = command_line.parse(sys.argv[1:])
         command_line.refuse_given(args, sys.argv[1:])
         summary = train(args)
     except (BadInput, Diverged, Stopped, KeyboardInterrupt) as error:
         print(f"dql.py: {str(error) or 'interrupted; a run that had begun goes on with --resume'}", file=sys.stderr)
         codes = {Diverged: 3, Stopped: 128 + getattr(error, "signum", 0), KeyboardInterrupt: 128 + signal.SIGINT}
         sys.exit(codes.get(type(error), 2))
-    seeds = summary.get("num_seeds", 1)
-    print(f"{summary['env_id']}, seed {summary['seed']}, {summary['num_updates']} updates, normalized score:")
-    for name in ("last", "best", "offline"):
-        it = summary[name]
-        of = f"{seeds} seeds" if seeds > 1 else f"{it['episodes']} episodes, update {it['step']}"
-        print(f"  {name:8} {it['score']:6.1f} ± {it['std']:.1f} ({of})")
-    if summary["paper"]:
-        print(f"  {'paper':8} {summary['paper'][0]:6.1f} ± {summary['paper'][1]:.1f} (5 seeds)")
-    print(summary["folder"])
+    except (RuntimeError, MemoryError) as error:
+        if "allocate" not in str(error):  # the word that torch, on a CPU and a GPU, and numpy have for it
+            raise
+        print(f"dql.py: out of memory ({reason(error)}): try a smaller --batch-size or --num-seeds", file=sys.stderr)
+        sys.exit(2)
+    print(run_folder.report(summary))
 
 
 if __name__ == "__main__":

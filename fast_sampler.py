@@ -9,8 +9,9 @@ What it costs: seconds of capture (minutes with torch.compile), memory for the g
 another batch size is another graph. What changes from update to update (learning rates, the coin, whether the average
 moves, the step count) must be a tensor on the device; random numbers come from generators that the graph knows.
 
-No loss and no network is defined here: `replicate` maps dql.py's own over a leading axis of replicas, and the graphs
-record dql.py's own `train_step` and `act`. The tests hold every path equal to the eager one.
+`choose_path` decides what pays, by device and length of run. No loss and no network is defined here: `replicate` maps
+dql.py's own over a leading axis of replicas, and the graphs record dql.py's own `train_step` and `act`. The tests hold
+every path equal to the eager one.
 """
 
 import copy
@@ -32,9 +33,9 @@ from torch.func import functional_call
 import dql
 from d4rl_tasks import BadInput
 from dql import ActDraws, Args, Batch, DiffusionQL, Draws
+from run_folder import NETWORKS
 
-NETWORKS = ("policy", "policy_ema", "critic", "critic_target")
-WARM_UPS = 3  # lets Adam make its state, libraries their workspaces and torch.compile its kernels before a capture
+WARM_UPS = 3  # lets libraries make their workspaces and torch.compile its kernels before a capture
 
 
 # ----------------------------------------------------------------------------- which path

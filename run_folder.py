@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,9 @@ from command_line import FREE
 from d4rl_tasks import BadInput, reason
 
 if TYPE_CHECKING:
-    from dql import Args, Batch, DiffusionQL
+    from dql import Args, DiffusionQL
 
+Plain = str | int | float | None
 NETWORKS = ("policy", "policy_ema", "critic", "critic_target")
 LOSS_NAMES = ("critic_loss", "bc_loss", "q_loss", "policy_loss", "target_q", "critic_grad_norm", "policy_grad_norm")
 METRICS = ("step", *LOSS_NAMES, "score", "score_std", "updates_per_second", "seconds")
@@ -69,10 +71,24 @@ class Progress:
     kept: int = 0  # update of the last checkpoint
 
     @classmethod
-    def begin(cls, num_seeds: int, dataset: Batch) -> Progress:
-        sums, history = dataset.reward.new_zeros(num_seeds, len(LOSS_NAMES)), [[] for _ in range(num_seeds)]
-        data = functools.reduce(lambda crc, x: zlib.crc32(x.cpu().numpy(), crc), dataset, 0)
-        return cls(0, sums, 0.0, history, data)
+    def begin(cls, num_seeds: int, device: torch.device, data: dict[str, np.ndarray]) -> Progress:
+        sums, history = torch.zeros(num_seeds, len(LOSS_NAMES), device=device), [[] for _ in range(num_seeds)]
+        checksum = 0
+        for name in sorted(data):
+            checksum = zlib.crc32(np.ascontiguousarray(data[name]), checksum)
+        return cls(0, sums, 0.0, history, checksum)
+
+    def advance(self, updates: Callable[[int], Tensor], stop: int, chunk: int) -> int:
+        """Updates as far as the next multiple of chunk, or stop: the same sums in the same order whoever resumes where.
+
+        updates(n) makes n of them and returns their losses, added up. Returns how many were made.
+        """
+        begun = time.perf_counter()
+        n = min(chunk - self.step % chunk, stop - self.step)
+        self.sums = self.sums + updates(n)
+        self.step += n
+        self.seconds += time.perf_counter() - begun
+        return n
 
     def last_row(self) -> int:
         """The update of the last row."""
@@ -157,10 +173,12 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 def finished(folder: Path, num_updates: int) -> dict | None:
     """The summary of a run that has made all its updates."""
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        summary = json.loads((folder / "summary.json").read_text())
-        whole = {"env_id", "seed", "last", "best", "offline", "paper", "folder"} <= summary.keys()
-        return summary if whole and summary["num_updates"] == num_updates else None
+    path = folder / "summary.json"
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        if path.is_file():  # a pipe would be waited for
+            summary = json.loads(path.read_text())
+            report(summary)
+            return summary if summary["num_updates"] == num_updates else None
     return None
 
 
@@ -173,7 +191,8 @@ def read_checkpoint(folder: Path, device: torch.device) -> dict:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         if not all(isinstance(checkpoint[name], kind) for name, kind in kinds.items()):
             raise TypeError("its parts are not those of a checkpoint")
-        json.dumps([checkpoint["args"], checkpoint["versions"], checkpoint["progress"]["history"]])  # no tensors there
+        if not all(isinstance(x, Plain) for name in ("args", "versions") for x in checkpoint[name].values()):
+            raise TypeError("its arguments and versions are not words and numbers")
         return {name: checkpoint[name] for name in kinds}
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         raise BadInput(f"{path} cannot be read as a checkpoint: {reason(error)}") from None
@@ -213,16 +232,20 @@ def restore(args: Args, agents: list[DiffusionQL], generators: list, begun: Prog
     folder, device = args.resume, begun.sums.device
     checkpoint = read_checkpoint(folder, device)
     check_same_run(checkpoint, folder, args, device)
-    if checkpoint["progress"].get("data") != begun.data:
-        raise BadInput(f"the data are no longer those that {folder} began with: bring those back, or begin a new run")
     restore_agents(checkpoint, folder, agents)
     with must_fit(folder):
         for generator, numbers in zip(generators, checkpoint["generators"], strict=True):
             generator.set_state(numbers.cpu())
         now = Progress(**checkpoint["progress"])
-        check_history(now.history, len(agents))
-        if not now.last_row() <= now.step == agents[0].step or now.sums.shape != (len(agents), len(LOSS_NAMES)):
+        fill(begun.sums, now.sums)
+        now.sums = begun.sums
+        check_history(now.history, args)
+        if any(type(count) is not int for count in (now.step, now.data, now.kept)) or not is_number(now.seconds):
+            raise TypeError("its counts are not numbers")
+        if now.step < now.last_row() or any(agent.step != now.step for agent in agents):
             raise ValueError("its step is not that of its history")
+    if now.data != begun.data:
+        raise BadInput(f"the data are no longer those that {folder} began with: bring those back, or begin a new run")
     return now
 
 
@@ -231,9 +254,9 @@ def restore_agents(checkpoint: dict, folder: Path, agents: list[DiffusionQL]) ->
     with must_fit(folder):
         for agent, state in zip(agents, checkpoint["agents"], strict=True):
             agent.load_state_dict(state)
-            for name in NETWORKS:
-                if not finite_seeds(getattr(agent, name), 1).all():
-                    raise ValueError(f"the parameters of {name} are not finite")
+            for name, part in agent.state_dict().items():
+                if not all_finite(part):
+                    raise ValueError(f"{name} is not finite")
 
 
 @torch.no_grad()
@@ -247,9 +270,22 @@ def fill(own: Tensor | dict | list, saved: Tensor | dict | list) -> None:
             raise ValueError(f"{saved.dtype} {tuple(saved.shape)} is not {own.dtype} {tuple(own.shape)}")
         own.copy_(saved)
         return
-    for key, part in own.items() if isinstance(own, dict) else enumerate(own):
-        if isinstance(part, (Tensor, dict, list)):
-            fill(part, saved[key])
+    here, there = parts(own), parts(saved)
+    if differ := here.keys() ^ there.keys():
+        raise ValueError(f"it has not, or has too much, {', '.join(map(str, differ))}")
+    for key, part in here.items():
+        fill(part, there[key])
+
+
+def parts(state: dict | list) -> dict:
+    """The tensors, dicts and lists in a state: all but settings, of which another version of torch may have others."""
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    return {key: part for key, part in items if isinstance(part, (Tensor, dict, list))}
+
+
+def all_finite(state: Tensor | dict | list) -> bool:
+    """Whether all tensors in a state are."""
+    return bool(state.isfinite().all()) if isinstance(state, Tensor) else all(map(all_finite, parts(state).values()))
 
 
 @contextmanager
@@ -261,14 +297,26 @@ def must_fit(folder: Path) -> Iterator[None]:
         raise BadInput(f"{folder / 'checkpoint.pt'} is not of the run of its args.json: {reason(error)}") from None
 
 
-def check_history(history: list[list[dict]], num_seeds: int) -> None:
+def check_history(history: list[list[dict]], args: Args) -> None:
     """Raises unless it holds, of each seed, rows of metrics.csv at the same rising steps."""
-    rows = [row for of_seed in history for row in of_seed]
-    numbers = all(isinstance(value, (int, float)) or value == "" for row in rows for value in row.values())
+    if not len(history) == args.num_seeds or any(len(of_seed) != len(history[0]) for of_seed in history):
+        raise ValueError("its history is not of its seeds")
+    for rows in zip(*history, strict=True):
+        for row in rows:
+            scores = [row["score"], row["score_std"]]
+            numbers = [value for name, value in row.items() if name not in ("score", "score_std")]
+            unscored = scores == ["", ""] and row["step"] < args.num_updates
+            if row.keys() != {*METRICS} or not all(map(is_number, numbers if unscored else numbers + scores)):
+                raise ValueError("its history is not that of a run")
     steps = [[row["step"] for row in of_seed] for of_seed in history]
-    rising = all(of_seed == sorted({*of_seed}) == steps[0] and min(of_seed, default=1) > 0 for of_seed in steps)
-    if len(history) != num_seeds or not numbers or not rising or any(row.keys() != {*METRICS} for row in rows):
+    rising = all(a < b for a, b in pairwise([0, *steps[0]]))
+    if not rising or any(of_seed != steps[0] or any(type(step) is not int for step in of_seed) for of_seed in steps):
         raise ValueError("its history is not that of a run")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is one, and finite."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 # ----------------------------------------------------------------------------- stopping
@@ -524,3 +572,17 @@ def summarize(args: Args, folder: Path, history: list[list[dict]], device: torch
         summary[name] = {"score": float(np.mean(scores)), "std": float(np.std(scores)), "scores": scores}
     write_whole(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     return summary
+
+
+def report(summary: dict) -> str:
+    """A summary's scores to read, and where the run's folder is."""
+    seeds = summary.get("num_seeds", 1)
+    lines = [f"{summary['env_id']}, seed {summary['seed']}, {summary['num_updates']} updates, normalized score:"]
+    for name in ("last", "best", "offline"):
+        it = summary[name]
+        of = f"{seeds} seeds" if seeds > 1 else f"{it['episodes']} episodes, update {it['step']}"
+        lines.append(f"  {name:8} {it['score']:6.1f} ± {it['std']:.1f} ({of})")
+    if summary["paper"]:
+        mean, std = summary["paper"]
+        lines.append(f"  {'paper':8} {mean:6.1f} ± {std:.1f} (5 seeds)")
+    return "\n".join([*lines, summary["folder"]])

@@ -93,7 +93,7 @@ def newest(args: dql.Args) -> Path | None:
 
 def ends_alike(a: Path, b: Path) -> bool:
     """Whether weights, optimizers, generators, metrics (times aside) and scores are the same bits."""
-    args = read_args(dql.Args, a)
+    args = read_args(a)
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b)]
     alike = all(same(states[0][part], states[1][part]) for part in ("agents", "generators"))
     for x, y in zip(seed_folders(args, a), seed_folders(args, b), strict=True):
@@ -181,10 +181,11 @@ def overhead(folder: Path) -> dict:
     """What a run adds to bare updates of HalfCheetah's shapes: paired blocks; rows and checkpoints by themselves."""
     args = replace(dql.with_settings(dql.Args()), device="cpu", compile=False)
     device, writers = torch.device("cpu"), [torch.utils.tensorboard.SummaryWriter(folder)]
-    dataset = dql.make_batch(dql.load_dataset(args.env_id), args.reward, device)
+    data = dql.load_dataset(args.env_id)
+    dataset = dql.make_batch(data, args.reward, device)
     agent, generators = dql.make_agent(args, 0), [torch.Generator().manual_seed(0)]
     _, updates, _ = dql.make_steps(args, [agent], dataset, generators, generators)
-    now = Progress.begin(1, dataset)
+    now = Progress.begin(1, device, data)
 
     def bare() -> None:
         sums = 0
@@ -194,8 +195,7 @@ def overhead(folder: Path) -> dict:
     def within_a_run() -> None:
         stop = now.step + 20
         while now.step < stop:
-            n = dql.update_some(now, stop, updates, 1)
-            bar.update(n)
+            bar.update(now.advance(updates, stop, 1))
             check_signals()
 
     def row() -> None:
