@@ -276,26 +276,28 @@ class DiffusionPolicy(nn.Module):
         alpha_bar = torch.cumprod(1 - beta, 0)
         alpha_bar_prev = torch.cat([torch.ones(1, dtype=beta.dtype), alpha_bar[:-1]])
         variance = (beta * (1 - alpha_bar_prev) / (1 - alpha_bar)).clamp(min=1e-20)
-        # Reverse step i, of a^i and predicted noise: a^0 = r a^i - m eps, mean = c0 a^0 + ci a^i, deviation sigma
-        self.reverse = torch.stack([
-            (1 / alpha_bar).sqrt(), (1 / alpha_bar - 1).sqrt(),
-            beta * alpha_bar_prev.sqrt() / (1 - alpha_bar), (1 - alpha_bar_prev) * (1 - beta).sqrt() / (1 - alpha_bar),
-            variance.sqrt(),
-        ], 1).tolist()  # fmt: skip
+        # Reverse step i, by Bayes' rule (DDPM, Eq. 7): a^0 = r a^i - m eps, then a^(i-1) ~ N(c0 a^0 + ci a^i, sigma^2)
+        r, m = (1 / alpha_bar).sqrt(), (1 / alpha_bar - 1).sqrt()
+        c0 = beta * alpha_bar_prev.sqrt() / (1 - alpha_bar)
+        ci = (1 - alpha_bar_prev) * (1 - beta).sqrt() / (1 - alpha_bar)
+        self.reverse = torch.stack([r, m, c0, ci, variance.sqrt()], 1).tolist()
         self.register_buffer("forward_scale", torch.stack([alpha_bar, 1 - alpha_bar], 1).sqrt(), persistent=False)
         frequency = torch.exp(-torch.arange(8, dtype=beta.dtype) * math.log(10000) / 7)
         angle = torch.arange(num_steps, dtype=beta.dtype)[:, None] * frequency
         self.register_buffer("sinusoid", torch.cat([angle.sin(), angle.cos()], 1), persistent=False)
 
     def first_layer(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """What states (B, S) and all N steps add to the first layer, (B, 256) and (N, 256): once for a whole chain."""
+        """What states (B, S) and all N steps add to the first layer, (B, 256) and (N, 256): once for a whole chain.
+
+        The layer is W [a, t, s] + b = W_a a + W_t t + (W_s s + b), t the time embedding of a step.
+        """
         first, (A, S) = self.trunk[0], (self.output.out_features, state.shape[-1])
         _, of_time, of_state = first.weight.split([A, TIME_DIM, S], -1)
         time_embedding = self.time_mlp(self.sinusoid.to(state.dtype))
         return F.linear(state, of_state, first.bias), F.linear(time_embedding, of_time)
 
     def predict_noise(self, action: Tensor, rest: Tensor) -> Tensor:
-        """eps(a^i, i, s), (B, A): action (B, A), rest (B, 256) the sum of what its state and step add to layer one."""
+        """eps(a^i, i, s) = MLP([a^i, t_i, s]), (B, A): action (B, A), rest (B, 256) the sum of `first_layer`'s two."""
         first, *layers = self.trunk
         hidden = F.linear(action, first.weight[:, : action.shape[-1]]) + rest
         for layer in layers:
