@@ -537,6 +537,14 @@ def run_left_alone(tmp_path_factory):
     return run
 
 
+@pytest.fixture
+def interruptible():
+    """In a script's background SIGINT is ignored, and then a run ignores it too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def times_of_change(folder: Path) -> dict[Path, int]:
     """Of all that a run has written: not of the lock, which every look at it may touch."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
@@ -549,7 +557,7 @@ def times_of_change(folder: Path) -> dict[Path, int]:
     (run_folder, "log", 4, 15, signal.SIGTERM),
 ])  # fmt: skip
 def test_a_stopped_run_goes_on_exactly(
-    num_seeds, module, name, count, step, signum, run_left_alone, monkeypatch, capsys
+    num_seeds, module, name, count, step, signum, run_left_alone, interruptible, monkeypatch, capsys
 ):
     """A signal in an update, in an evaluation and in a log: a checkpoint, one line, and the end of a run left alone."""
     args, whole = run_left_alone(num_seeds)
