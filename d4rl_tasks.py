@@ -426,8 +426,10 @@ def rendering_env(env_id: str, backend: str = "maintained") -> gymnasium.Env:
         raise BadInput("--capture-video needs moviepy: pip install moviepy")
     env = make_env(env_id, backend, render_mode="rgb_array")
     try:
-        env.reset(seed=0)
-        env.render()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a backend that is not there: the error below says it
+            env.reset(seed=0)
+            env.render()
         return env
     except Exception as error:  # every OpenGL backend fails in its own way
         raise BadInput(f"--capture-video cannot render here ({reason(error)}): try MUJOCO_GL=egl or =osmesa") from None

@@ -38,6 +38,7 @@ import math
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -76,7 +77,7 @@ class Args:
     compile: bool | None = None
     """torch.compile the losses and their gradients: a minute or two at the start. None: where the run is long enough"""
     cudagraphs: bool | None = None
-    """capture the whole update, and acting, as CUDA graphs. None: on a GPU"""
+    """capture the whole update, and acting, as CUDA graphs. None: on a GPU, where the run is not very short"""
     runs_dir: Path = Path("runs")
     """where the run's folder ENV__dql__SEED__TIME goes"""
     resume: Path | None = None
@@ -636,6 +637,8 @@ def train(args: Args) -> dict:
     args = command_line.resumed_args(args)
     with run_folder.only_writer(args.resume):
         if summary := run_folder.finished(args.resume, args.num_updates):
+            if args.capture_video and not any(args.resume.glob("video*")):
+                record_video(args, args.resume, rendering_env(args.env_id, args.env_backend))
             print(f"{args.resume} is finished: nothing is left to do")
             return summary
         return run(args)
@@ -715,12 +718,20 @@ def run(args: Args) -> dict:
                 raise Stopped(stopped.signum, where) from None
         summary = run_folder.summarize(args, folder, now.history, device, paper)
     if video_env:
-        from gymnasium.wrappers import RecordVideo
-
-        policy = load_policy(run_folder.seed_folders(args, folder)[0], args.seed, args.device)
-        with RecordVideo(video_env, str(folder), name_prefix="video", disable_logger=True) as env:
-            evaluate(policy, [env], [args.seed + 100], device)
+        record_video(args, folder, video_env)
     return summary
+
+
+def record_video(args: Args, folder: Path, video_env) -> None:
+    """One episode of the first seed's policy, into the run's folder."""
+    from gymnasium.wrappers import RecordVideo
+
+    policy = load_policy(run_folder.seed_folders(args, folder)[0], args.seed, args.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that other files are in the folder
+        video = RecordVideo(video_env, str(folder), name_prefix="video", disable_logger=True)
+    with video as env:
+        evaluate(policy, [env], [args.seed + 100], choose_device(args.device))
 
 
 def make_agent(args: Args, seed: int) -> DiffusionQL:

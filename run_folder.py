@@ -3,8 +3,9 @@
     runs/ENV__dql__SEED__TIME/    args.json, checkpoint.pt, summary.json and, of one seed, metrics.csv, curve.png and
                                   TensorBoard events; of several, a folder seed-K for each with all of these
 
-Every file is written beside and renamed: no reader and no crash ever finds one half written. What a run does next
-depends on its arguments and its checkpoint alone: killed at any moment and resumed, it ends with the same bits.
+Every file but TensorBoard's events is written beside and renamed: no reader and no crash ever finds one half written.
+What a run does next depends on its arguments, its data and its checkpoint alone: killed at any moment and resumed, it
+ends with the same bits.
 """
 
 from __future__ import annotations

@@ -488,6 +488,9 @@ def test_a_run_can_end_with_a_video(tmp_path, monkeypatch):
     folder = Path(dql.train(tiny_args(tmp_path, num_updates=2, capture_video=True))["folder"])
     (video,) = folder.glob("*.mp4")
     assert video.stat().st_size > 1000
+    video.unlink()  # as where a run was killed before it was there
+    dql.train(Args(resume=folder, capture_video=True))
+    assert video.stat().st_size > 1000
 
 
 @run_wanted

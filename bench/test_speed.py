@@ -1,7 +1,7 @@
 """Speed of updates, acting and evaluation, beside the official implementation where a checkout of it is given.
 
     pytest bench/
-    OMP_NUM_THREADS=1 pytest bench/ --official CHECKOUT --benchmark-json=FILE
+    OMP_NUM_THREADS=1 pytest bench/test_speed.py --official CHECKOUT --benchmark-json=FILE
 
 HalfCheetah's shapes and settings, batch 256, N = 5, where a name says nothing else. A group holds the same work; a
 replica is one more agent updated in the same step. On a GPU the device is waited for inside the timed region.
