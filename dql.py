@@ -412,9 +412,11 @@ class DiffusionQL:
 
     def compile(self) -> None:
         """From now on each loss is one compiled function, so is its gradient, and so is acting."""
-        self.critic_loss = torch.compile(self.critic_loss, fullgraph=True, dynamic=False)
-        self.policy_losses = torch.compile(self.policy_losses, fullgraph=True, dynamic=False)
-        self.act = torch.compile(self.act, fullgraph=True, dynamic=False)
+        from fast_sampler import compiled
+
+        self.critic_loss = compiled(self.critic_loss, self.device)
+        self.policy_losses = compiled(self.policy_losses, self.device)
+        self.act = compiled(self.act, self.device)
 
     def adam(self, network: nn.Module, learning_rate: float) -> torch.optim.Adam:
         """Adam whose learning rate is a device tensor: it can change without waiting for the device."""
@@ -747,7 +749,7 @@ def make_steps(args: Args, agents: list, dataset: Batch, generators: list, eval_
 
     agent, generator, eval_generator = agents[0], generators[0], eval_generators[0]
     if args.num_seeds > 1:
-        agent, generator, eval_generator = fast_sampler.replicate(agents, args.compile), generators, eval_generators
+        agent, generator, eval_generator = fast_sampler.together(agents, args.compile), generators, eval_generators
     if args.cudagraphs:
         act = fast_sampler.FastSampler(agent, args.eval_episodes, eval_generator)
         return agent, fast_sampler.FastUpdate(agent, dataset, generator), act

@@ -356,16 +356,16 @@ def held_signals() -> Iterator[Callable[[], None]]:
         release()
 
 
-def finite_seeds(network: torch.nn.Module, num_seeds: int) -> Tensor:
+def finite_seeds(parameters: dict[str, Tensor], num_seeds: int) -> Tensor:
     """Whether all parameters are finite, (K,); of several seeds they have a leading axis (K, ...)."""
-    return torch.stack([p.isfinite().reshape(num_seeds, -1).all(1) for p in network.parameters()]).all(0)
+    return torch.stack([p.isfinite().reshape(num_seeds, -1).all(1) for p in parameters.values()]).all(0)
 
 
 def check_health(folder: Path, args: Args, agent: DiffusionQL, now: Progress) -> None:
     """Raises Diverged where the losses added up or any parameter are not finite. It waits for the device."""
     now.wait()
-    fine = dict(zip(LOSS_NAMES, now.sums.isfinite().T, strict=True))
-    fine |= {f"{name}'s parameters": finite_seeds(getattr(agent, name), args.num_seeds) for name in NETWORKS}
+    state, fine = agent.state_dict(), dict(zip(LOSS_NAMES, now.sums.isfinite().T, strict=True))
+    fine |= {f"{name}'s parameters": finite_seeds(state[name], args.num_seeds) for name in NETWORKS}
     table = torch.stack(list(fine.values())).cpu()
     if not table.all():
         bad = ", ".join(name for name, of_seeds in zip(fine, table, strict=True) if not of_seeds.all())

@@ -752,7 +752,7 @@ def test_a_run_that_diverges_stops(num_seeds, tmp_path, monkeypatch):
     def make_poisoned_steps(*args):
         nonlocal target
         agent, updates, act = make_steps(*args)
-        target = agent.critic.q1[2].weight
+        target = getattr(agent, "agents", [agent])[0].critic.q1[2].weight  # of the first of several
         return agent, on_call(7, updates, poison), act
 
     target = None

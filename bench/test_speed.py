@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import dql
-from fast_sampler import FastSampler, FastUpdate, replicate
+from fast_sampler import FastSampler, FastUpdate, together
 
 STATE_DIM, ACTION_DIM, ROWS = 17, 6, 100_000
 DEVICE = dql.choose_device("auto")
@@ -43,7 +43,7 @@ def build(replicas: int = 1, compiled: bool = False, **args) -> tuple[dql.Diffus
     args = dql.Args(env_id="halfcheetah-medium-v2", **args)
     agents = [dql.DiffusionQL(STATE_DIM, ACTION_DIM, args) for _ in range(replicas)]
     if replicas > 1:
-        return replicate(agents, compiled), generators
+        return together(agents, compiled), generators
     if compiled:
         agents[0].compile()
     return agents[0], generators[0]
