@@ -4,10 +4,10 @@
     python bench/ablate.py --quick --out FOLDER    # the demo data set, a minute: shows that it works, and no more
 
 steps.csv, steps.png: N over a grid, eta the task's. eta.csv, eta.png: eta over a grid, N = 5. One row of a table is one
-agent, trained by dql.py and evaluated once, after its last update. Trained at once, as replicas, are the seeds of an N;
-those of eta = 0, which has no critics; those of all other etas. Where runs are too short to be compiled or captured,
-agents are trained one after another. Rows are written as soon as their agents are evaluated. Run again, the script goes
-on with the rows that are missing; more seeds or settings may be asked for then, nothing else.
+agent, trained by dql.py and evaluated once, after its last update; an agent of both tables is trained once. Trained at
+once, as replicas, are on a GPU the seeds of an N; those of eta = 0, which has no critics; those of all other etas. A
+CPU, which one agent fills, trains them one after another. Rows are written as soon as their agents are evaluated. Run
+again, the script goes on with the rows that are missing; more seeds or settings may be asked for then, nothing else.
 
 N = 1 is one step from nearly pure noise (vp: 0.7 % of the variance is the action's): little more than a regression of
 the action on the state, all but deterministic.
@@ -77,8 +77,8 @@ COLUMNS = {
     "bc_loss": "L_d, last tenth of updates",
     "target_q": "mean target Q, last tenth of updates",
     "action_distance": "distance from the data's action, L2",
-    "ms_per_update": "ms an update, all replicas",
-    "ms_per_act": "ms an acting step, all replicas",
+    "ms_per_update": "ms an update, of one agent",
+    "ms_per_act": "ms an acting step, of one agent",
     "replicas": "agents trained at once",
 }
 PANELS = {
@@ -114,19 +114,13 @@ def groups_of(args: Args) -> dict[str, list[list[Setting]]]:
     }
 
 
-def at_once(args: Args, missing: list[Setting], device: torch.device) -> list[list[Setting]]:
-    """What is trained at once of a group: all; each alone where it would be eager, for eager replicas cost more."""
-    if len(missing) < 2:
-        return [missing] * len(missing)
-    path = fast_sampler.choose_path(settings_of(args, replicas=len(missing)), device)
-    return [missing] if path.compile or path.cudagraphs else [[one] for one in missing]
-
-
 def train_group(args: Args, settings: Sequence[Setting], dataset: Batch, bar) -> list[dict]:
     """Trains agents that differ in eta and seed at once, evaluates them; their rows."""
     num_steps, eta, _ = settings[0]
+    # by the length of all seeds' runs, for what is compiled for one serves the next
+    path = fast_sampler.choose_path(settings_of(args, replicas=args.num_seeds), dataset.state.device)
     own = settings_of(args, num_steps, eta, len(settings))
-    own = fast_sampler.choose_path(own, dataset.state.device)
+    own = replace(own, compile=path.compile, cudagraphs=path.cudagraphs)
     agents = [dql.make_agent(replace(own, eta=eta), seed) for _, eta, seed in settings]
     device = agents[0].device
     generators = [torch.Generator(device).manual_seed(seed) for _, _, seed in settings]
@@ -148,7 +142,8 @@ def train_group(args: Args, settings: Sequence[Setting], dataset: Batch, bar) ->
             "score": scores[k].mean(), "score_std": scores[k].std(), "bc_loss": losses[k]["bc_loss"],
             "target_q": losses[k]["target_q"] if eta > 0 else math.nan,
             "action_distance": action_distance(agents[k], dataset, seed),
-            "ms_per_update": ms_per_update, "ms_per_act": ms_per_act, "replicas": len(settings),
+            "ms_per_update": ms_per_update / len(settings), "ms_per_act": ms_per_act / len(settings),
+            "replicas": len(settings),
         })  # fmt: skip
     return rows
 
@@ -210,11 +205,16 @@ def read_table(path: Path) -> dict[Setting, dict]:
     return {(row["num_steps"], row["eta"], row["seed"]): row for row in rows}
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+def save_table(path: Path, rows: dict[Setting, dict]) -> None:
+    """Rows in the order of their settings, into a file that is whole at any moment."""
+
+    def write(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows[setting] for setting in sorted(rows))
+
+    write_whole(path, write)
 
 
 def draw(path: Path, rows: list[dict], x: str) -> None:
@@ -266,21 +266,26 @@ def ablate(args: Args) -> None:
     tables = groups_of(args)
     dataset = dql.make_batch(load_dataset(args.env_id, args.dataset_path), own.reward, device)
     open_folder(args)
+    known = {}
     for x, groups in tables.items():
         name = {"num_steps": "steps", "eta": "eta"}[x]
         rows = read_table(args.out / f"{name}.csv")
+        known |= rows
         for group in groups:
+            torch.compiler.reset()  # of one function it keeps no more than eight compiled forms
+            rows |= {setting: known[setting] for setting in group if setting in known}
             missing = [setting for setting in group if setting not in rows]
-            for some in at_once(args, missing, device):
+            for some in [missing] * bool(missing) if device.type == "cuda" else [[one] for one in missing]:
                 with tqdm(total=args.num_updates, leave=False, disable=not sys.stderr.isatty()) as bar:
                     found = train_group(args, some, dataset, bar)
                 rows |= {(row["num_steps"], row["eta"], row["seed"]): row for row in found}
-                table = [rows[setting] for setting in sorted(rows)]
-                write_whole(args.out / f"{name}.csv", lambda path, table=table: write_table(path, table))
+                save_table(args.out / f"{name}.csv", rows)
                 for row in found:
                     print(f"N {row['num_steps']}, eta {row['eta']:g}, seed {row['seed']}: score {row['score']:.1f}, "
-                          f"{row['ms_per_update']:.2f} ms an update of {row['replicas']}", flush=True)  # fmt: skip
+                          f"{row['ms_per_update']:.2f} ms an update", flush=True)  # fmt: skip
+        known |= rows
         if rows:
+            save_table(args.out / f"{name}.csv", rows)
             write_whole(args.out / f"{name}.png", lambda path, x=x, rows=rows: draw(path, list(rows.values()), x))
 
 
