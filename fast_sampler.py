@@ -163,6 +163,11 @@ def together(agents: Sequence[DiffusionQL], compile: bool = False):
     return (InTurn if agents[0].device.type == "cpu" else replicate)(agents, compile)
 
 
+def piece(stacked: Batch | Draws | ActDraws, k: int):
+    """What is the k-th replica's: a copy, for the bits of a product can depend on how its memory is aligned."""
+    return type(stacked)(*(x[k].clone() for x in stacked))
+
+
 class InTurn:
     """K agents with the interface of `replicate`, one after another: each has the very bits that it has alone."""
 
@@ -184,13 +189,12 @@ class InTurn:
         return ActDraws(*map(torch.stack, zip(*(self.agents[0].draw_act(own, g) for g in generators), strict=True)))
 
     def update(self, batch: Batch, draws: Draws) -> Losses:
-        parts = zip(self.agents, zip(*batch, strict=True), zip(*draws, strict=True), strict=True)
-        losses = [agent.update(Batch(*own), Draws(*drawn)) for agent, own, drawn in parts]
+        losses = [agent.update(piece(batch, k), piece(draws, k)) for k, agent in enumerate(self.agents)]
         return Losses(*map(torch.stack, zip(*losses, strict=True)))
 
     def act(self, states: Tensor, draws: ActDraws) -> Tensor:
-        parts = zip(self.agents, states.chunk(len(self.agents)), zip(*draws, strict=True), strict=True)
-        return torch.cat([agent.act(own, ActDraws(*drawn)) for agent, own, drawn in parts])
+        own = states.chunk(len(self.agents))
+        return torch.cat([agent.act(own[k].clone(), piece(draws, k)) for k, agent in enumerate(self.agents)])
 
     def state_dict(self) -> dict:
         return stack([agent.state_dict() for agent in self.agents])

@@ -6,6 +6,7 @@ Oracles: the official implementation's figures (reference/official_update.json),
 (reference/classic_steps.npz), closed forms and second implementations in float64.
 """
 
+import collections
 import copy
 import csv
 import errno
@@ -48,7 +49,7 @@ import fast_sampler
 import run_folder
 from d4rl_tasks import TASKS, BadInput, load_dataset, make_env, make_envs, normalized_score
 from dql import ActDraws, Args, Batch, DiffusionPolicy, DiffusionQL, Draws, beta_schedule
-from fast_sampler import FastSampler, FastUpdate, replicate, unstack
+from fast_sampler import FastSampler, FastUpdate, InTurn, replicate, unstack
 
 torch.set_num_threads(1)  # the networks are small: threads would wait for each other, most of all on a busy machine
 
@@ -948,6 +949,97 @@ def test_replicas_equal_single_agents(changes, device, float64):
         torch.testing.assert_close(dql.act_fresh(many, states, generators), torch.cat(want), **FLOAT64)
 
 
+def test_agents_in_turn_are_single_agents():
+    """The bits of three agents alone, in float32, and a state that can be put back."""
+    agents, data = three_agents(), tiny_data("cpu")
+    many, generators, alone = InTurn(copy.deepcopy(agents)), generators_of("cpu", 3), generators_of("cpu", 3)
+    before = copy.deepcopy(many.state_dict())
+
+    def check(n: int) -> None:
+        for _ in range(n):
+            losses = dql.train_step(many, data, generators)
+            want = [dql.train_step(agent, data, g) for agent, g in zip(agents, alone, strict=True)]
+            assert torch.equal(losses, torch.stack(want))
+        for k, agent in enumerate(agents):
+            assert_states_close(unstack(many.state_dict(), k), agent.state_dict(), rtol=0, atol=0)
+
+    check(10)
+    states = torch.randn(3 * 5, 3)
+    want = [dql.act_fresh(a, x, g) for a, x, g in zip(agents, states.split(5), alone, strict=True)]
+    assert torch.equal(dql.act_fresh(many, states, generators), torch.cat(want))
+    many.load_state_dict(before)
+    for k, agent in enumerate(agents):
+        agent.load_state_dict(unstack(before, k))
+    check(2)
+
+
+def test_together_is_what_the_device_wants(monkeypatch):
+    agents = [tiny_agent(), tiny_agent()]
+    assert isinstance(fast_sampler.together(agents), InTurn)
+    monkeypatch.setattr(agents[0], "device", torch.device("cuda"))
+    monkeypatch.setattr(fast_sampler, "replicate", lambda agents, compile: "mapped")
+    assert fast_sampler.together(agents) == "mapped"
+
+
+onednn_wanted = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
+
+
+@onednn_wanted
+@pytest.mark.parametrize("shapes", [(50, 39, 256), (256, 256, 256), (7, 256, 6)])
+def test_products_by_onednn(shapes):
+    """x w + bias, and of transposed matrices, as float64 has it; the rounding of k float32 terms is below 1e-6 k."""
+    m, k, n = shapes
+    x, w, narrow, wide = torch.randn(m, k), torch.randn(k, n), torch.randn(n), torch.randn(m, n)
+    for a, b in itertools.product((x, x.t().contiguous().t()), (w, w.t().contiguous().t())):
+        assert fast_sampler.packed_float32(a) and fast_sampler.packed_float32(b)
+        for bias in (None, narrow, wide, wide.t().contiguous().t()):
+            want = x.double() @ w.double() + (0 if bias is None else bias.double())
+            got = torch.ops.diffusion_ql.product(a, b, bias)
+            assert got.is_contiguous() and (got - want).abs().max() < 1e-6 * k
+    assert not fast_sampler.packed_float32(w[:, 1:]) and not fast_sampler.packed_float32(w.double())
+
+
+@onednn_wanted
+@pytest.mark.skipif(bool(fast_sampler.lacks_to_compile(on_gpu=False)), reason="nothing to compile with")
+def test_compiled_float32_updates_take_onednn(monkeypatch):
+    """Where the CPU has AVX-512 (here: is said to have it), all large products of an update and of acting are its, and
+    losses, gradients and actions are those of eager float64: float32's rounding, over some dozen layers, is far below
+    1e-4 of the largest entry."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    calls = collections.Counter()
+
+    def outcome(agent: DiffusionQL) -> list[torch.Tensor]:
+        dtype, rng = torch.get_default_dtype(), np.random.RandomState(0)
+        batch = Batch(*(x.to(dtype) for x in official_batch(rng, 17, 6, 256)))
+        draws = Draws(*(x.to(dtype) if x.is_floating_point() else x for x in official_draws(rng, 6, 256, 5, 256)))
+        with torch.profiler.profile() as profile:
+            critic, _ = agent.critic_loss(batch, draws.next_noise)
+            bc, q = agent.policy_losses(batch, draws)
+            (critic + bc + q).backward()
+            acting = ActDraws(torch.as_tensor(rng.standard_normal((6, 500, 6)), dtype=dtype), torch.zeros(10, 50))
+            actions = agent.act(batch.state[:10], acting)
+        calls.update(event.name for event in profile.events())
+        grads = [p.grad for name in ("policy", "critic") for p in getattr(agent, name).parameters()]
+        return [critic.detach(), bc.detach(), q.detach(), actions, *grads]
+
+    single = tiny_agent(17, 6, batch_size=256, grad_norm=9.0)
+    state = single.state_dict()
+    single.compile()
+    got = outcome(single)
+    # by count: 2 in each of 16 passes of a policy, 4 in 6 backward ones; critics 6 in 4 passes, 10 and 4 in gradients
+    assert calls["mkldnn::_linear_pointwise"] >= 32 + 24 + 24 + 14
+    try:
+        torch.set_default_dtype(torch.float64)
+        double = tiny_agent(17, 6, batch_size=256, grad_norm=9.0)
+        for name in ("policy", "policy_ema", "critic", "critic_target"):
+            getattr(double, name).load_state_dict(state[name])
+        want = outcome(double)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
 def test_replicas_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="eta 0"):
         replicate([tiny_agent(eta=0.0), tiny_agent(eta=1.0)])
@@ -1073,8 +1165,12 @@ def test_replays_draw_fresh_numbers(device):
 
 
 @run_wanted
-def test_several_seeds_are_the_single_runs(tmp_path):
-    """--num-seeds: each folder holds the run of that seed alone, to float32's rounding; the summary mean and spread."""
+@pytest.mark.parametrize("path", ["in turn", "mapped"])
+def test_several_seeds_are_the_single_runs(path, tmp_path, monkeypatch):
+    """--num-seeds: each folder holds the run of that seed alone, seeds in turn its very bits, and replicas, a GPU's
+    choice, to float32's rounding; the summary mean and spread."""
+    if path == "mapped":
+        monkeypatch.setattr(fast_sampler, "together", replicate)
     args = tiny_args(tmp_path, num_seeds=2, seed=5, num_updates=12, eval_every=6)
     summary = dql.train(args)
     folder = Path(summary["folder"])
@@ -1085,8 +1181,11 @@ def test_several_seeds_are_the_single_runs(tmp_path):
         names = [{p.name.split(".1")[0] for p in path.iterdir()} - {".lock"} for path in (own, alone)]
         assert names[0] == names[1]
         for a, b in zip(metrics(own), metrics(alone), strict=True):
-            for name in run_folder.LOSS_NAMES:  # in float32 each update amplifies the rounding of those before
-                assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3, abs=1e-4), name
+            for name in (*run_folder.LOSS_NAMES, "score"):
+                if path == "in turn":
+                    assert a[name] == b[name], name
+                elif name != "score":  # in float32 each update amplifies the rounding of those before
+                    assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3, abs=1e-4), name
         scores.append(json.loads((own / "summary.json").read_text())["last"]["score"])
         assert dql.load_policy(own, device="cpu")(np.zeros(11)).shape == (3,)
     assert summary["last"]["scores"] == scores
