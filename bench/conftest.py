@@ -8,3 +8,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--official", type=Path, help="checkout of the official implementation, timed in the same process")
+    parser.addoption("--flow-rl", type=Path, help="checkout of typoverflow/flow-rl, likewise")

@@ -1,7 +1,11 @@
-"""Speed of updates, acting and evaluation, beside the official implementation where a checkout of it is given.
+"""Speed of updates, acting and evaluation, beside other implementations where checkouts of them are given.
 
     pytest bench/
     OMP_NUM_THREADS=1 pytest bench/test_speed.py --official CHECKOUT --benchmark-json=FILE
+    pytest bench/test_speed.py --flow-rl CHECKOUT -k beside
+
+--official: github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL. --flow-rl: github.com/typoverflow/flow-rl, the
+fastest besides, in JAX (pip install jax==0.5.3 flax==0.10.5 orbax-checkpoint==0.11.23 optax distrax hydra-core).
 
 HalfCheetah's shapes and settings, batch 256, N = 5, where a name says nothing else. A group holds the same work; a
 replica is one more agent updated in the same step. On a GPU the device is waited for inside the timed region.
@@ -11,6 +15,8 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -73,18 +79,6 @@ def measure(benchmark, work: Callable[[], object], rounds: int = 7) -> object:
 gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU")
 
 
-@pytest.fixture
-def official(request: pytest.FixtureRequest):
-    path = request.config.getoption("--official")
-    if path is None:
-        pytest.skip("no --official CHECKOUT")
-    sys.path.insert(0, str(path))
-    from agents.ql_diffusion import Diffusion_QL
-
-    settings = {"beta_schedule": "vp", "n_timesteps": 5, "grad_norm": 9.0}
-    return Diffusion_QL(STATE_DIM, ACTION_DIM, 1.0, str(DEVICE), 0.99, 0.005, **settings)
-
-
 # ----------------------------------------------------------------------------- updates
 
 
@@ -144,41 +138,100 @@ def test_evaluation(benchmark) -> None:
     assert np.isfinite(measure(benchmark, lambda: dql.evaluate(act, envs, list(range(10)), DEVICE))).all()
 
 
-# ----------------------------------------------------------------------------- beside the official implementation
+# ----------------------------------------------------------------------------- beside other implementations
 
 
-def evaluate_officially(official, envs: list) -> list[float]:
-    """Its own loop: episode after episode, one state a call."""
-    returns = []
-    for k, env in enumerate(envs):
-        (state, _), done, total = env.reset(seed=k), False, 0.0
-        while not done:
-            state, reward, terminated, truncated, _ = env.step(official.sample_action(np.array(state)))
-            done, total = terminated or truncated, total + reward
-        returns.append(total)
-    return returns
+class Peer(NamedTuple):
+    """Another implementation: UPDATES updates with the drawing of their batches; actions (E, A) for states (E, S); the
+    episodes of E environments."""
+
+    update: Callable[[], object]
+    act: Callable[[np.ndarray], object]
+    evaluate: Callable[[list], object]
 
 
-def both(work: str, official) -> tuple[Callable, Callable]:
-    """The same work by us, as fast as we can here, and by the official implementation."""
+def checkout(request: pytest.FixtureRequest, option: str) -> None:
+    """Makes the checkout that the option names importable."""
+    path = request.config.getoption(option)
+    if path is None:
+        pytest.skip(f"no {option} CHECKOUT")
+    sys.path.insert(0, str(path))
+
+
+def official(request: pytest.FixtureRequest) -> Peer:
+    """It acts in one state a call, and evaluates episode after episode."""
+    checkout(request, "--official")
+    from agents.ql_diffusion import Diffusion_QL
+    from utils.data_sampler import Data_Sampler
+
+    settings = {"beta_schedule": "vp", "n_timesteps": 5, "grad_norm": 9.0}
+    agent = Diffusion_QL(STATE_DIM, ACTION_DIM, 1.0, str(DEVICE), 0.99, 0.005, **settings)
+    data = Data_Sampler(arrays(), agent.device)
+
+    def evaluate(envs: list) -> None:
+        for k, env in enumerate(envs):
+            (state, _), done = env.reset(seed=k), False
+            while not done:
+                state, _, terminated, truncated, _ = env.step(agent.sample_action(np.array(state)))
+                done = terminated or truncated
+
+    def act(states: np.ndarray) -> list:
+        return [agent.sample_action(state) for state in states]
+
+    return Peer(lambda: agent.train(data, UPDATES, 256), act, evaluate)
+
+
+def flow_rl(request: pytest.FixtureRequest) -> Peer:
+    """It acts in all states at once, and its batches are drawn by numpy. Its time embedding is 64 wide, ours 16."""
+    checkout(request, "--flow-rl")
+    jax = pytest.importorskip("jax")
+    from flowrl.agent.offline.dql import DQLAgent
+    from flowrl.types import Batch
+
+    wide = [256, 256, 256]
+    diffusion = SimpleNamespace(noise_schedule="vp", time_dim=64, hidden_dims=wide, solver="ddpm", steps=5,
+                                clip_sampler=True, x_min=-1.0, x_max=1.0, ema=0.005, ema_every=5)  # fmt: skip
+    critic = SimpleNamespace(discount=0.99, maxQ=False, ensemble_size=2, hidden_dims=wide, ema=0.005, ema_every=1)
+    agent = DQLAgent(STATE_DIM, ACTION_DIM, SimpleNamespace(
+        name="dql", temperature=1.0, start_actor_ema=1000, eta=1.0, grad_norm=9.0, lr=3e-4, lr_decay_steps=None,
+        diffusion=diffusion, critic=critic,
+    ), 0)  # fmt: skip
+    data, rng = arrays(), np.random.default_rng(0)
+    names = ("observations", "actions", "rewards", "terminals", "next_observations", "actions")
+    data = [data[name].astype(np.float32).reshape(ROWS, -1) for name in names]
+
+    def update() -> None:
+        for step in range(UPDATES):
+            index = rng.integers(ROWS, size=256)
+            agent.train_step(Batch(*(x[index] for x in data)), step)
+        jax.block_until_ready(agent.actor.params)
+
+    def act(states: np.ndarray) -> np.ndarray:
+        return np.asarray(agent.sample_actions(states, num_samples=50)[0])
+
+    return Peer(update, act, lambda envs: dql.evaluate(
+        lambda states: torch.from_numpy(act(states.numpy())), envs, list(range(len(envs))), torch.device("cpu")
+    ))  # fmt: skip
+
+
+def both(work: str, peer: Peer) -> tuple[Callable, Callable]:
+    """The same work by us, as fast as we can here, and by the other."""
     if work == "update":
-        from utils.data_sampler import Data_Sampler
-
-        data = Data_Sampler(arrays(), official.device)
-        return trainer(compiled=True, captured=ON_GPU), lambda: official.train(data, UPDATES, 256)
+        return trainer(compiled=True, captured=ON_GPU), peer.update
     if work == "evaluation":
         act, ours, theirs = actor(10), short_episodes(), short_episodes()
-        return lambda: dql.evaluate(act, ours, list(range(10)), DEVICE), lambda: evaluate_officially(official, theirs)
+        return lambda: dql.evaluate(act, ours, list(range(10)), DEVICE), lambda: peer.evaluate(theirs)
     act, x = actor(int(work.split()[1])), torch.randn(int(work.split()[1]), STATE_DIM, device=DEVICE)
     states = x.cpu().numpy()
-    return lambda: act(x).cpu(), lambda: [official.sample_action(state) for state in states]  # one state a call
+    return lambda: act(x).cpu(), lambda: peer.act(states)
 
 
-@pytest.mark.benchmark(group="beside the official implementation")
+@pytest.mark.benchmark(group="beside other implementations")
+@pytest.mark.parametrize("peer", [official, flow_rl])
 @pytest.mark.parametrize("work, rounds", [("update", 15), ("act 1", 40), ("act 10", 20), ("evaluation", 5)])
-def test_beside_official(benchmark, official, work, rounds, capsys) -> None:
+def test_beside(benchmark, request, peer, work, rounds, capsys) -> None:
     """In turns, so that what else the machine does slows both: quartiles of the ratios, round by round."""
-    ours, theirs = both(work, official)
+    ours, theirs = both(work, peer(request))
     seconds = []
 
     def timed(work: Callable) -> float:
@@ -190,9 +243,10 @@ def test_beside_official(benchmark, official, work, rounds, capsys) -> None:
 
     benchmark.pedantic(timed, (ours,), setup=lambda: seconds.append(timed(theirs)), rounds=rounds, warmup_rounds=1)
     low, ratio, high = np.quantile(np.array(seconds[-rounds:]) / benchmark.stats.stats.data, [0.25, 0.5, 0.75])
-    benchmark.extra_info |= {"official_seconds": float(np.median(seconds)), "ratio_quartiles": [low, ratio, high]}
+    benchmark.extra_info |= {"other_seconds": float(np.median(seconds)), "ratio_quartiles": [low, ratio, high],
+                             "threads": torch.get_num_threads()}  # fmt: skip
     with capsys.disabled():
-        print(f"\n{work}: the official implementation takes {ratio:.2f} times as long ({low:.2f} to {high:.2f})")
+        print(f"\n{work}: {peer.__name__} takes {ratio:.2f} times as long ({low:.2f} to {high:.2f})")
 
 
 # ----------------------------------------------------------------------------- what an update is made of
