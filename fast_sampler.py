@@ -113,7 +113,7 @@ def packed_float32(matrix: Tensor) -> bool:
 def product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x w + bias by oneDNN: (m, k), (k, n), and (n,), (m, n) or None -> (m, n)."""
     if bias is not None and bias.dim() == 2:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, bias.contiguous(), w.t(), None, "add")
+        return product(x, w, None).add_(bias)
     return torch.ops.mkldnn._linear_pointwise(x, w.t(), bias, "none", [], "")
 
 
