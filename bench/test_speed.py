@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import dql
+import fast_sampler
 from fast_sampler import FastSampler, FastUpdate, together
 
 STATE_DIM, ACTION_DIM, ROWS = 17, 6, 100_000
@@ -252,8 +253,33 @@ def test_beside(benchmark, request, peer, work, rounds, capsys) -> None:
 # ----------------------------------------------------------------------------- what an update is made of
 
 
-def test_work_of_one_update(capsys) -> None:
-    """Floating-point operations and bytes of an update: what a device's peak rates let it cost at the least."""
+def seconds_of(work: Callable[[], object], repeats: int) -> float:
+    """Of one call, the median of seven rounds."""
+    rounds = []
+    for _ in range(8):  # the first warms up
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        if ON_GPU:
+            torch.cuda.synchronize()
+        rounds.append((time.perf_counter() - begun) / repeats)
+    return float(np.median(rounds[1:]))
+
+
+def product_rate(size: int, repeats: int) -> float:
+    """Floating-point operations per second of a product of two float32 matrices, (size, size), compiled."""
+    product = fast_sampler.compiled(lambda x, w: x @ w, DEVICE)
+    x, w = torch.randn(size, size, device=DEVICE), torch.randn(size, size, device=DEVICE)
+    return 2 * size**3 / seconds_of(lambda: product(x, w), repeats)
+
+
+@pytest.mark.benchmark(group=f"{UPDATES} updates: the roofline")
+def test_roofline_of_an_update(benchmark, capsys) -> None:
+    """Operations, bytes and calls of an update, the limits that they set on this device, and what part is reached.
+
+    Operations: those of the matrix products. Bytes: each parameter, its two moments and its average read and written
+    once, which no implementation can save. The rates are this device's, measured here.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     agent, generator = build()
@@ -263,9 +289,26 @@ def test_work_of_one_update(capsys) -> None:
         dql.train_step(agent, data, generator)
     with torch.profiler.profile() as profile:
         dql.train_step(agent, data, generator)
-    calls = sum(not event.cpu_children for event in profile.events())
     parameters = sum(p.numel() for name in ("policy", "critic") for p in getattr(agent, name).parameters())
-    flop = count.get_total_flops()
+    source, target = torch.zeros(2, 2**26, device=DEVICE)
+    work = {
+        "flop": count.get_total_flops(),
+        "bytes": 4 * 2 * 4 * parameters,
+        "calls_eager": sum(not event.cpu_children for event in profile.events()),
+        "flop_per_second_256": product_rate(256, 100),
+        "flop_per_second_2048": product_rate(2048, 3),
+        "bytes_per_second": 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 1),
+    }
+    limit = max(work["flop"] / work["flop_per_second_2048"], work["bytes"] / work["bytes_per_second"])
+    measure(benchmark, trainer(compiled=True, captured=ON_GPU))
+    seconds = benchmark.stats.stats.median / UPDATES
+    benchmark.extra_info |= work | {"limit_seconds": limit, "part_of_limit": limit / seconds}
     with capsys.disabled():
-        print(f"\none update: {flop / 1e9:.2f} GFLOP in products, {parameters:,} parameters, {calls:,} calls if eager")
-    assert 2.2e9 < flop < 2.6e9
+        print(
+            f"\none update: {work['flop'] / 1e9:.2f} GFLOP in products, {work['bytes'] / 1e6:.1f} MB of parameters, "
+            f"{work['calls_eager']:,} calls if eager; here a product of 256 x 256 makes "
+            f"{work['flop_per_second_256'] / 1e9:.0f} GFLOP/s, of 2048 x 2048 {work['flop_per_second_2048'] / 1e9:.0f}, "
+            f"a copy {work['bytes_per_second'] / 1e9:.0f} GB/s: at least {1000 * limit:.2f} ms; "
+            f"{1000 * seconds:.2f} ms are {limit / seconds:.0%} of that speed"
+        )
+    assert 2.2e9 < work["flop"] < 2.6e9 and limit < seconds
