@@ -307,7 +307,7 @@ def test_roofline_of_an_update(benchmark, capsys) -> None:
         print(
             f"\none update: {work['flop'] / 1e9:.2f} GFLOP in products, {work['bytes'] / 1e6:.1f} MB of parameters, "
             f"{work['calls_eager']:,} calls if eager; here a product of 256 x 256 makes "
-            f"{work['flop_per_second_256'] / 1e9:.0f} GFLOP/s, of 2048 x 2048 {work['flop_per_second_2048'] / 1e9:.0f}, "
+            f"{work['flop_per_second_256'] / 1e9:.0f} GFLOP/s, of 2048 {work['flop_per_second_2048'] / 1e9:.0f}, "
             f"a copy {work['bytes_per_second'] / 1e9:.0f} GB/s: at least {1000 * limit:.2f} ms; "
             f"{1000 * seconds:.2f} ms are {limit / seconds:.0%} of that speed"
         )

@@ -2,6 +2,7 @@
 
     python bench/torture.py --kills 20               # SIGKILL: one seed, several, compiled
     python bench/torture.py --cases memory overhead  # 200,000 updates' memory; what checks and checkpoints cost
+    python bench/torture.py --cases sigterm          # how long the demo's run takes to stop
 
 Runs are children forked from this process, so that a kill does not cost another import of torch. Linux only.
 """
@@ -45,7 +46,7 @@ class Torture:
     kills: int = 20
     """SIGKILLs for each of the cases one, several and compiled"""
     cases: tuple[str, ...] = ("one", "several", "compiled")
-    """of one, several, compiled, memory, overhead"""
+    """of one, several, compiled, memory, overhead, sigterm"""
     memory_updates: int = 200_000
     """length of the run whose memory is watched"""
     out: Path = Path(__file__).parent / "results" / "torture.json"
@@ -227,6 +228,24 @@ def overhead(folder: Path) -> dict:
     }  # fmt: skip
 
 
+def stop_demo(folder: Path) -> dict:
+    """Seconds from SIGTERM to the end of the demo's run, eager, in the midst of its updates."""
+    seconds = {}
+    for num_seeds in (1, 3):
+        runs = folder / str(num_seeds)
+        args = dql.Args(num_seeds=num_seeds, device="cpu", compile=False, log_every=20, runs_dir=runs)
+        child = start(args, folder)
+        while child.is_alive() and not any(runs.rglob("metrics.csv")):
+            time.sleep(0.1)
+        child.terminate()
+        begun = time.perf_counter()
+        child.join()
+        seconds[num_seeds] = round(time.perf_counter() - begun, 2)
+        if not any(runs.glob("*/checkpoint.pt")):
+            raise SystemExit(f"torture.py: no checkpoint: {(folder / 'log.txt').read_text()[-2000:]}")
+    return {"seconds_by_seeds": seconds}
+
+
 def main() -> None:
     args = tyro.cli(Torture)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
@@ -241,8 +260,8 @@ def main() -> None:
                 long = {"num_updates": n, "batch_size": 4, "num_steps": 1, "eta": 0.0, "eval_candidates": 1,
                         "log_every": 1000, "checkpoint_every": 5000, "eval_every": n // 50}  # fmt: skip
                 results["memory"] = watch_memory(tiny_args(folder, **long), folder)
-            elif case == "overhead":
-                results["overhead"] = overhead(folder)
+            elif case in ("overhead", "sigterm"):
+                results[case] = {"overhead": overhead, "sigterm": stop_demo}[case](folder)
             else:
                 runs = tiny_args(folder, **changes[case])
                 found = kill_and_compare(runs, args.kills, folder, random.Random(args.seed))
