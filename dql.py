@@ -71,7 +71,7 @@ class Args:
     seed: int = 0
     """seed of weights, batches and noise; evaluation episode k resets with seed + 100 + k"""
     num_seeds: int = 1
-    """agents trained at once, of seeds seed, seed + 1, ..., each as it would be alone up to rounding"""
+    """agents trained at once, of seeds seed, seed + 1, ..., each as it would be alone (on a GPU up to rounding)"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto is cuda where there is one"""
     compile: bool | None = None
@@ -406,13 +406,14 @@ class DiffusionQL:
         self.policy_opt = self.adam(self.policy, args.learning_rate)
         self.critic_opt = self.adam(self.critic, CRITIC_LEARNING_RATE)
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.has_critics = args.eta > 0  # behaviour cloning has none
         self.eta = torch.tensor(args.eta, dtype=torch.get_default_dtype(), device=self.device)
         if args.compile:
             self.compile()
 
     def compile(self) -> None:
         """From now on each loss is one compiled function, so is its gradient, and so is acting."""
-        from fast_sampler import compiled
+        from compiling import compiled
 
         self.critic_loss = compiled(self.critic_loss, self.device)
         self.policy_losses = compiled(self.policy_losses, self.device)
@@ -459,7 +460,7 @@ class DiffusionQL:
     def policy_losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """L_d of Eq. 2 and L_q of Eq. 3: the Q of actions that the chain made, on the scale of the other critic."""
         bc = self.policy.bc_loss(batch.action, batch.state, draws.bc_step, draws.bc_noise)
-        if self.args.eta == 0:
+        if not self.has_critics:
             return bc, torch.zeros_like(bc)
         action = self.policy.sample(batch.state, draws.policy_noise)
         frozen = {name: p.detach() for name, p in self.critic.named_parameters()}  # no gradient goes to the critics
@@ -472,9 +473,8 @@ class DiffusionQL:
         """One iteration of Algorithm 1. Nothing in it waits for the device."""
         if self.args.lr_decay:
             self.decay_learning_rates()
-        # behaviour cloning (eta 0) has no critics
         no_critics = 3 * (torch.zeros_like(self.eta),)
-        critic_loss, target_q, critic_norm = self.update_critics(batch, draws) if self.args.eta > 0 else no_critics
+        critic_loss, target_q, critic_norm = self.update_critics(batch, draws) if self.has_critics else no_critics
         bc_loss, q_loss, policy_loss, policy_norm = self.update_policy(batch, draws)
         self.move_averages()
         self.step += 1
@@ -668,22 +668,23 @@ def run(args: Args) -> dict:
     now = Progress.begin(len(seeds), device, data)
     if args.resume and (args.resume / "checkpoint.pt").exists():
         now = run_folder.restore(args, agents, generators, now)
-    agent, updates, act = make_steps(args, agents, dataset, generators, eval_generators)
+    agents, updates, act = make_steps(args, agents, dataset, generators, eval_generators)
     folder = args.resume or run_folder.start_folder(args)
     path = f"{'compiled' if args.compile else 'eager'}{' and captured' * args.cudagraphs}"
     print(f"{folder}: {len(dataset.state):,} transitions, updates {now.step:,} to {args.num_updates:,} "
           f"of {len(seeds)} seed(s) on {device}, {path}")  # fmt: skip
     with nullcontext() if args.resume else run_folder.only_writer(folder):
         if args.compile:  # now, and not where a signal would have to wait for it
-            with fast_sampler.unchanged(agent, generators):
+            with fast_sampler.unchanged(agents, generators):
                 updates(1)
-                act(torch.zeros(len(envs), agent.state_dim, device=device))
+                act(torch.zeros(len(envs), agents[0].state_dim, device=device))
         warn = run_folder.q_alarm(dataset.reward, args)
         bar = tqdm(total=args.num_updates, initial=now.step, mininterval=0.5 if sys.stderr.isatty() else 60)
 
         def keep() -> None:
-            run_folder.check_health(folder, args, agent, now)
-            run_folder.save(args, folder, fast_sampler.states_of(agent, len(seeds)), generators, now)
+            states = fast_sampler.states_of(agents, len(seeds))
+            run_folder.check_health(folder, args, states, now)
+            run_folder.save(args, folder, states, generators, now)
 
         def act_or_stop(states: Tensor) -> Tensor:
             check_signals()
@@ -700,7 +701,7 @@ def run(args: Args) -> dict:
                         check_signals()
                         if now.step % args.checkpoint_every < n:
                             keep()
-                    run_folder.check_health(folder, args, agent, now)
+                    run_folder.check_health(folder, args, fast_sampler.states_of(agents, len(seeds)), now)
                     rows = now.end_row()
                     warn(rows)
                     evaluated = now.step == args.num_updates or now.step % args.eval_every == 0
@@ -739,25 +740,34 @@ def record_video(args: Args, folder: Path, video_env) -> None:
 def make_agent(args: Args, seed: int) -> DiffusionQL:
     """The agent of one seed."""
     torch.manual_seed(seed)
-    task, args = TASKS[args.env_id], replace(args, seed=seed, compile=args.compile and args.num_seeds == 1)
-    return DiffusionQL(task.state_dim, task.action_dim, args)
+    task = TASKS[args.env_id]
+    return DiffusionQL(task.state_dim, task.action_dim, replace(args, seed=seed))
 
 
 def make_steps(args: Args, agents: list, dataset: Batch, generators: list, eval_generators: list) -> tuple:
-    """(agent, updates, act): updates(n) trains and returns n updates' summed losses, act maps states to actions."""
+    """(agents, updates, act): updates(n) trains and returns n updates' summed losses, act maps states to actions.
+
+    Several agents are one on a GPU, by `replicate`. On a CPU, which one agent fills, they take turns.
+    """
     import fast_sampler
 
-    agent, generator, eval_generator = agents[0], generators[0], eval_generators[0]
-    if args.num_seeds > 1:
-        agent, generator, eval_generator = fast_sampler.together(agents, args.compile), generators, eval_generators
+    if len(agents) > 1 and agents[0].device.type != "cpu":
+        agents = [fast_sampler.replicate(agents, args.compile)]
+        generators, eval_generators = [generators], [eval_generators]
     if args.cudagraphs:
-        act = fast_sampler.FastSampler(agent, args.eval_episodes, eval_generator)
-        return agent, fast_sampler.FastUpdate(agent, dataset, generator), act
-    return (
-        agent,
-        lambda n: sum(train_step(agent, dataset, generator) for _ in range(n)),
-        lambda states: act_fresh(agent, states, eval_generator),
-    )
+        act = fast_sampler.FastSampler(agents[0], args.eval_episodes, eval_generators[0])
+        return agents, fast_sampler.FastUpdate(agents[0], dataset, generators[0]), act
+
+    def updates(n: int) -> Tensor:
+        turns = zip(agents, generators, strict=True)
+        return torch.cat([sum(train_step(agent, dataset, g) for _ in range(n)).reshape(-1, 7) for agent, g in turns])
+
+    def act(states: Tensor) -> Tensor:
+        turns = zip(agents, states.chunk(len(agents)), eval_generators, strict=True)
+        # a copy, for the bits of a product can depend on how its memory is aligned
+        return torch.cat([act_fresh(agent, own.clone(), g) for agent, own, g in turns])
+
+    return agents, updates, act
 
 
 def train_step(agent: DiffusionQL, dataset: Batch, generator: torch.Generator) -> Tensor:

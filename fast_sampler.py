@@ -10,9 +10,8 @@ another batch size is another graph. What changes from update to update (learnin
 moves, the step count) must be a tensor on the device; random numbers come from generators that the graph knows.
 
 `choose_path` decides what pays, by device and length of run. No loss and no network is defined here: `replicate` maps
-dql.py's own over a leading axis of replicas, and the graphs record dql.py's own `train_step` and `act`. On a CPU, which
-one agent fills, replicas take turns (`InTurn`), and compiled code hands its products to oneDNN where that pays. The
-tests hold every path equal to the eager one.
+dql.py's own over a leading axis of replicas, and the graphs record dql.py's own `train_step` and `act`. The tests hold
+every path equal to the eager one.
 """
 
 import copy
@@ -29,12 +28,11 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.func import functional_call
 
 import dql
 from d4rl_tasks import BadInput
-from dql import ActDraws, Args, Batch, DiffusionQL, Draws, Losses
+from dql import ActDraws, Args, Batch, DiffusionQL, Draws
 from run_folder import NETWORKS
 
 WARM_UPS = 3  # lets libraries make their workspaces and torch.compile its kernels before a capture
@@ -71,58 +69,6 @@ def lacks_to_compile(on_gpu: bool) -> str:
     return ""
 
 
-# ----------------------------------------------------------------------------- compiled code
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """function, compiled whole for the shapes it is called with, and so its gradient."""
-    # MKL keeps to AVX2 on AMD's processors: there oneDNN, with AVX-512, halves the time of a product
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-    options = {"post_grad_custom_post_pass": PRODUCTS_TO_ONEDNN} if device.type == "cpu" and wide else {}
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
-
-
-class ProductsToOneDNN(CustomGraphPass):
-    """Replaces the float32 matrix products of a compiled graph, gradients' too, where they are large enough to gain."""
-
-    def uuid(self) -> object:
-        return get_hash_for_files((__file__,))  # graphs that another version of this compiled are not reused
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        for node in graph.nodes:
-            if node.target is torch.ops.aten.mm.default:
-                x, w, bias = *node.args, None
-            elif node.target is torch.ops.aten.addmm.default and not node.kwargs:
-                bias, x, w = node.args
-            else:
-                continue
-            matrices = [each.meta["val"] for each in (x, w, bias) if each is not None and each.meta["val"].dim() == 2]
-            multiplications = node.meta["val"].numel() * x.meta["val"].shape[1]
-            if multiplications > 500_000 and all(map(packed_float32, matrices)):
-                node.target, node.args = torch.ops.diffusion_ql.product.default, (x, w, bias)
-
-
-PRODUCTS_TO_ONEDNN = ProductsToOneDNN()  # one, or the code compiled for one agent would not serve the next
-
-
-def packed_float32(matrix: Tensor) -> bool:
-    """Whether oneDNN takes the matrix as it is, or transposed; of part of a wider one it has only a slow reference."""
-    return matrix.dtype == torch.float32 and (matrix.is_contiguous() or matrix.mT.is_contiguous())
-
-
-def product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """x w + bias by oneDNN: (m, k), (k, n), and (n,), (m, n) or None -> (m, n)."""
-    if bias is not None and bias.dim() == 2:
-        return product(x, w, None).add_(bias)
-    return torch.ops.mkldnn._linear_pointwise(x, w.t(), bias, "none", [], "")
-
-
-library = torch.library.Library("diffusion_ql", "DEF")
-library.define("product(Tensor x, Tensor w, Tensor? bias) -> Tensor", tags=(torch.Tag.flexible_layout,))
-library.impl("product", product, "CPU")
-library.impl("product", lambda x, w, bias: x.new_empty(len(x), w.shape[1]), "Meta")
-
-
 # ----------------------------------------------------------------------------- replicas
 
 
@@ -152,56 +98,11 @@ def unstack(state, k: int):
     return state
 
 
-def states_of(agent: DiffusionQL, num_seeds: int) -> list[dict]:
-    """The state of each seed's agent, whether agent is that one or what `replicate` made of several."""
-    state = agent.state_dict()
-    return [state] if num_seeds == 1 else [unstack(state, k) for k in range(num_seeds)]
-
-
-def together(agents: Sequence[DiffusionQL], compile: bool = False):
-    """K agents as one, as it pays on their device."""
-    return (InTurn if agents[0].device.type == "cpu" else replicate)(agents, compile)
-
-
-def piece(stacked: Batch | Draws | ActDraws, k: int):
-    """What is the k-th replica's: a copy, for the bits of a product can depend on how its memory is aligned."""
-    return type(stacked)(*(x[k].clone() for x in stacked))
-
-
-class InTurn:
-    """K agents with the interface of `replicate`, one after another: each has the very bits that it has alone."""
-
-    def __init__(self, agents: Sequence[DiffusionQL], compile: bool = False):
-        one = agents[0]
-        self.agents, self.args, self.device, self.state_dim = agents, one.args, one.device, one.state_dim
-        if compile:
-            for agent in agents:
-                agent.compile()
-
-    def draw_index(self, rows: int, generators: list[torch.Generator]) -> Tensor:
-        return torch.stack([self.agents[0].draw_index(rows, g) for g in generators])
-
-    def draw(self, generators: list[torch.Generator]) -> Draws:
-        return Draws(*map(torch.stack, zip(*map(self.agents[0].draw, generators), strict=True)))
-
-    def draw_act(self, num_states: int, generators: list[torch.Generator]) -> ActDraws:
-        own = num_states // len(self.agents)
-        return ActDraws(*map(torch.stack, zip(*(self.agents[0].draw_act(own, g) for g in generators), strict=True)))
-
-    def update(self, batch: Batch, draws: Draws) -> Losses:
-        losses = [agent.update(piece(batch, k), piece(draws, k)) for k, agent in enumerate(self.agents)]
-        return Losses(*map(torch.stack, zip(*losses, strict=True)))
-
-    def act(self, states: Tensor, draws: ActDraws) -> Tensor:
-        own = states.chunk(len(self.agents))
-        return torch.cat([agent.act(own[k].clone(), piece(draws, k)) for k, agent in enumerate(self.agents)])
-
-    def state_dict(self) -> dict:
-        return stack([agent.state_dict() for agent in self.agents])
-
-    def load_state_dict(self, state: dict) -> None:
-        for k, agent in enumerate(self.agents):
-            agent.load_state_dict(unstack(state, k))
+def states_of(agents: Sequence[DiffusionQL], num_seeds: int) -> list[dict]:
+    """The state of each seed's agent, whether agents are those or the one that `replicate` made of several."""
+    if len(agents) == num_seeds:
+        return [agent.state_dict() for agent in agents]
+    return [unstack(agents[0].state_dict(), k) for k in range(num_seeds)]
 
 
 class Networks(nn.Module):
@@ -209,7 +110,7 @@ class Networks(nn.Module):
 
     def __init__(self, agent: DiffusionQL):
         super().__init__()
-        self.args, self.device = agent.args, agent.device
+        self.args, self.device, self.has_critics = agent.args, agent.device, agent.has_critics
         for name in NETWORKS:
             setattr(self, name, getattr(agent, name))
 
@@ -226,7 +127,7 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
     (K E, S), replica by replica. Raises ValueError where the agents do not fit together.
     """
     etas = [agent.args.eta for agent in agents]
-    if len({eta == 0 for eta in etas}) > 1:
+    if len({agent.has_critics for agent in agents}) > 1:
         raise ValueError("replicas with eta 0 (no critics) and above do not fit together")
     if len({agent.step.item() for agent in agents}) > 1:
         raise ValueError("replicas must have made the same number of updates")
@@ -254,11 +155,16 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
 
         return lambda *inputs: torch.vmap(of_one)(parameters, *inputs)
 
-    act, draws = each(DiffusionQL.act), InTurn(agents)
+    def draw_act(num_states: int, generators: list[torch.Generator]) -> ActDraws:
+        return ActDraws(*map(torch.stack, zip(*(one.draw_act(num_states // K, g) for g in generators), strict=True)))
+
+    act = each(DiffusionQL.act)
     many.critic_loss, many.policy_losses = each(DiffusionQL.critic_loss), each(DiffusionQL.policy_losses)
     many.act = lambda states, draws: act(states.unflatten(0, (K, -1)), draws).flatten(0, 1)
     many.clip_gradients = lambda network: clip_each(network, one.args.grad_norm)
-    many.draw_index, many.draw, many.draw_act = draws.draw_index, draws.draw, draws.draw_act
+    many.draw_index = lambda rows, generators: torch.stack([one.draw_index(rows, g) for g in generators])
+    many.draw = lambda generators: Draws(*map(torch.stack, zip(*map(one.draw, generators), strict=True)))
+    many.draw_act = draw_act
     if compile:
         many.compile()
     return many
@@ -279,11 +185,13 @@ def clip_each(network: nn.Module, max_norm: float) -> Tensor:
 
 
 @contextmanager
-def unchanged(agent: DiffusionQL, generators: list[torch.Generator]) -> Iterator[None]:
-    """Whatever is tried within, the agent and the generators come out as they went in."""
-    before, numbers = copy.deepcopy(agent.state_dict()), [generator.get_state() for generator in generators]
+def unchanged(agents: Sequence[DiffusionQL], generators: list[torch.Generator]) -> Iterator[None]:
+    """Whatever is tried within, agents and generators come out as they went in."""
+    before = [copy.deepcopy(agent.state_dict()) for agent in agents]
+    numbers = [generator.get_state() for generator in generators]
     yield
-    agent.load_state_dict(before)
+    for agent, state in zip(agents, before, strict=True):
+        agent.load_state_dict(state)
     for generator, state in zip(generators, numbers, strict=True):
         generator.set_state(state)
 
@@ -303,7 +211,7 @@ class FastUpdate:
         self.sums: Tensor | None = None
         self.step = step  # keeps agent and data: a graph holds no tensor that was made outside of it
         generators = generator if isinstance(generator, list) else [generator]
-        with unchanged(agent, generators):
+        with unchanged([agent], generators):
             self.graph = capture(step, generators, agent.device)
 
     def __call__(self, n: int) -> Tensor:
@@ -328,7 +236,7 @@ class FastSampler:
         generators = generator if isinstance(generator, list) else [generator]
         replicas = len(generators) if isinstance(generator, list) else 1
         self.states = torch.zeros(replicas * num_states, agent.state_dim, device=agent.device)
-        with unchanged(agent, generators):
+        with unchanged([agent], generators):
             self.graph = capture(step, generators, agent.device)
 
     def __call__(self, states: Tensor) -> Tensor:

@@ -356,16 +356,17 @@ def held_signals() -> Iterator[Callable[[], None]]:
         release()
 
 
-def finite_seeds(parameters: dict[str, Tensor], num_seeds: int) -> Tensor:
-    """Whether all parameters are finite, (K,); of several seeds they have a leading axis (K, ...)."""
-    return torch.stack([p.isfinite().reshape(num_seeds, -1).all(1) for p in parameters.values()]).all(0)
+def finite_parameters(parameters: dict[str, Tensor]) -> Tensor:
+    """Whether all are, (): asked of the device, and not waited for."""
+    return torch.stack([p.isfinite().all() for p in parameters.values()]).all()
 
 
-def check_health(folder: Path, args: Args, agent: DiffusionQL, now: Progress) -> None:
-    """Raises Diverged where the losses added up or any parameter are not finite. It waits for the device."""
+def check_health(folder: Path, args: Args, states: list[dict], now: Progress) -> None:
+    """Raises Diverged where the losses added up or any seed's parameters are not finite. It waits for the device."""
     now.wait()
-    state, fine = agent.state_dict(), dict(zip(LOSS_NAMES, now.sums.isfinite().T, strict=True))
-    fine |= {f"{name}'s parameters": finite_seeds(state[name], args.num_seeds) for name in NETWORKS}
+    fine = dict(zip(LOSS_NAMES, now.sums.isfinite().T, strict=True))
+    for name in NETWORKS:
+        fine[f"{name}'s parameters"] = torch.stack([finite_parameters(state[name]) for state in states])
     table = torch.stack(list(fine.values())).cpu()
     if not table.all():
         bad = ", ".join(name for name, of_seeds in zip(fine, table, strict=True) if not of_seeds.all())

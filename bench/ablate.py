@@ -126,14 +126,14 @@ def train_group(args: Args, settings: Sequence[Setting], dataset: Batch, bar) ->
     generators = [torch.Generator(device).manual_seed(seed) for _, _, seed in settings]
     # as dql.train seeds its last evaluation: one agent's score is that of `python dql.py --seed`
     eval_generators = [torch.Generator(device).manual_seed(s * 1_000_003 + own.num_updates) for _, _, s in settings]
-    agent, updates, act = dql.make_steps(own, agents, dataset, generators, eval_generators)
+    trained, updates, act = dql.make_steps(own, agents, dataset, generators, eval_generators)
 
     tenth = max(1, own.num_updates // 10)  # what comes before it warms up what is timed
     if own.num_updates > tenth:
         run_updates(updates, own.num_updates - tenth, bar)
     losses, ms_per_update = run_updates(updates, tenth, bar)
     scores, ms_per_act = evaluate(own, act, settings, device)
-    states = fast_sampler.states_of(agent, len(settings))
+    states = fast_sampler.states_of(trained, len(settings))
     rows = []
     for k, (num_steps, eta, seed) in enumerate(settings):
         agents[k].load_state_dict(states[k])
@@ -275,7 +275,8 @@ def ablate(args: Args) -> None:
             torch.compiler.reset()  # of one function it keeps no more than eight compiled forms
             rows |= {setting: known[setting] for setting in group if setting in known}
             missing = [setting for setting in group if setting not in rows]
-            for some in [missing] * bool(missing) if device.type == "cuda" else [[one] for one in missing]:
+            at_once = max(1, len(missing)) if device.type == "cuda" else 1
+            for some in (missing[k : k + at_once] for k in range(0, len(missing), at_once)):
                 with tqdm(total=args.num_updates, leave=False, disable=not sys.stderr.isatty()) as bar:
                     found = train_group(args, some, dataset, bar)
                 rows |= {(row["num_steps"], row["eta"], row["seed"]): row for row in found}

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 PANELS = {
     "test_update_of_n_steps": "N, denoising steps",
     "test_update_of_batch_size": "batch size",
-    "test_update_replicas": "replicas, updated at once",
+    "test_update_replicas": "replicas",
 }
 
 

@@ -153,6 +153,13 @@ def test_ablation_writes_tables_and_pictures(ablation):
 
 
 @run_wanted
+def test_ablation_trains_the_same_agent_again(ablation, tmp_path):
+    """Without the other table to take it from, eta = 1 is trained anew, and comes out as N = 5 did."""
+    ablate.ablate(replace(ablation, out=tmp_path, num_steps=(), etas=(1.0,)))
+    assert table(tmp_path / "eta.csv") == table(ablation.out / "steps.csv")[1:]
+
+
+@run_wanted
 def test_ablation_skips_what_is_done(ablation, monkeypatch):
     trained = count_trained(monkeypatch)
     before = {path: path.read_bytes() for path in ablation.out.glob("*.csv")}

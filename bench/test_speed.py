@@ -4,13 +4,16 @@
     OMP_NUM_THREADS=1 pytest bench/test_speed.py --official CHECKOUT --benchmark-json=FILE
     pytest bench/test_speed.py --flow-rl CHECKOUT -k beside
 
---official: github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL. --flow-rl: github.com/typoverflow/flow-rl, the
-fastest besides, in JAX (pip install jax==0.5.3 flax==0.10.5 orbax-checkpoint==0.11.23 optax distrax hydra-core).
+--official: github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL. --flow-rl: github.com/typoverflow/flow-rl, at
+bae22f4, the fastest besides, in JAX (pip install jax==0.5.3 flax==0.10.5 orbax-checkpoint==0.11.23 optax distrax
+hydra-core). For one thread put `taskset -c 0` before both: JAX does not heed OMP_NUM_THREADS.
 
 HalfCheetah's shapes and settings, batch 256, N = 5, where a name says nothing else. A group holds the same work; a
-replica is one more agent updated in the same step. On a GPU the device is waited for inside the timed region.
+replica is one more agent, on a GPU updated in the same step, on a CPU in turn. On a GPU the device is waited for inside
+the timed region.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +26,7 @@ import pytest
 import torch
 
 import dql
-import fast_sampler
-from fast_sampler import FastSampler, FastUpdate, together
+from compiling import compiled
 
 STATE_DIM, ACTION_DIM, ROWS = 17, 6, 100_000
 DEVICE = dql.choose_device("auto")
@@ -43,26 +45,26 @@ def arrays() -> dict[str, np.ndarray]:
     }
 
 
-def build(replicas: int = 1, compiled: bool = False, **args) -> tuple[dql.DiffusionQL, object]:
-    """An agent, or several as one, and its generator, or theirs."""
-    generators = [torch.Generator(DEVICE).manual_seed(k) for k in range(replicas)]
-    torch.manual_seed(0)
-    args = dql.Args(env_id="halfcheetah-medium-v2", **args)
-    agents = [dql.DiffusionQL(STATE_DIM, ACTION_DIM, args) for _ in range(replicas)]
-    if replicas > 1:
-        return together(agents, compiled), generators
-    if compiled:
-        agents[0].compile()
-    return agents[0], generators[0]
-
-
-def trainer(captured: bool = False, **args) -> Callable[[], torch.Tensor]:
-    """UPDATES training steps, and their losses."""
-    agent, generator = build(**args)
+def steps(replicas: int = 1, states: int = 1, **args) -> tuple[list, Callable, Callable]:
+    """Agents, and what trains them and acts for them in a run of dql.py, in states states each."""
+    args = {"compile": False, "cudagraphs": False, "device": str(DEVICE), **args}
+    args = dql.with_settings(
+        dql.Args(env_id="halfcheetah-medium-v2", num_seeds=replicas, eval_episodes=states, **args)
+    )
+    agents = [dql.make_agent(args, seed) for seed in range(replicas)]
+    generators = [torch.Generator(DEVICE).manual_seed(k) for k in range(2 * replicas)]
     data = dql.make_batch(arrays(), "none", DEVICE)
-    if captured:
-        return partial(FastUpdate(agent, data, generator), UPDATES)
-    return lambda: sum(dql.train_step(agent, data, generator) for _ in range(UPDATES))
+    return dql.make_steps(args, agents, data, generators[:replicas], generators[replicas:])
+
+
+def trainer(**args) -> Callable[[], torch.Tensor]:
+    """UPDATES training steps, and their losses."""
+    return partial(steps(**args)[1], UPDATES)
+
+
+def actor(states: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Actions for so many states."""
+    return steps(states=states, compile=True, cudagraphs=ON_GPU)[2]
 
 
 def measure(benchmark, work: Callable[[], object], rounds: int = 7) -> object:
@@ -88,35 +90,30 @@ gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU")
     "path", ["eager", "compiled", pytest.param("captured", marks=gpu), pytest.param("compiled, captured", marks=gpu)]
 )
 def test_update(benchmark, path) -> None:
-    work = trainer(compiled="compiled" in path, captured="captured" in path)
+    work = trainer(compile="compiled" in path, cudagraphs="captured" in path)
     assert torch.isfinite(measure(benchmark, work)).all()
 
 
 @pytest.mark.benchmark(group=f"{UPDATES} updates of each replica")
 @pytest.mark.parametrize("replicas", [1, 4, *(pytest.param(k, marks=gpu) for k in (5, 16, 64))])
 def test_update_replicas(benchmark, replicas) -> None:
-    work = trainer(replicas=replicas, compiled=True, captured=ON_GPU)
+    work = trainer(replicas=replicas, compile=True, cudagraphs=ON_GPU)
     assert torch.isfinite(measure(benchmark, work)).all()
 
 
 @pytest.mark.benchmark(group=f"{UPDATES} updates: N")
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 10, 20, 50])
 def test_update_of_n_steps(benchmark, num_steps) -> None:
-    assert torch.isfinite(measure(benchmark, trainer(num_steps=num_steps, captured=ON_GPU), rounds=3)).all()
+    assert torch.isfinite(measure(benchmark, trainer(num_steps=num_steps, cudagraphs=ON_GPU), rounds=3)).all()
 
 
 @pytest.mark.benchmark(group=f"{UPDATES} updates: batch size")
 @pytest.mark.parametrize("batch_size", [64, 256, 1024, 4096])
 def test_update_of_batch_size(benchmark, batch_size) -> None:
-    assert torch.isfinite(measure(benchmark, trainer(batch_size=batch_size, captured=ON_GPU), rounds=3)).all()
+    assert torch.isfinite(measure(benchmark, trainer(batch_size=batch_size, cudagraphs=ON_GPU), rounds=3)).all()
 
 
 # ----------------------------------------------------------------------------- acting, evaluation
-
-
-def actor(states: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    agent, generator = build(compiled=True)
-    return FastSampler(agent, states, generator) if ON_GPU else lambda x: dql.act_fresh(agent, x, generator)
 
 
 @pytest.mark.benchmark(group="act: states, 50 candidates each")
@@ -194,7 +191,7 @@ def flow_rl(request: pytest.FixtureRequest) -> Peer:
                                 clip_sampler=True, x_min=-1.0, x_max=1.0, ema=0.005, ema_every=5)  # fmt: skip
     critic = SimpleNamespace(discount=0.99, maxQ=False, ensemble_size=2, hidden_dims=wide, ema=0.005, ema_every=1)
     agent = DQLAgent(STATE_DIM, ACTION_DIM, SimpleNamespace(
-        name="dql", temperature=1.0, start_actor_ema=1000, eta=1.0, grad_norm=9.0, lr=3e-4, lr_decay_steps=None,
+        name="dql", temperature=1.0, start_actor_ema=0, eta=1.0, grad_norm=9.0, lr=3e-4, lr_decay_steps=None,
         diffusion=diffusion, critic=critic,
     ), 0)  # fmt: skip
     data, rng = arrays(), np.random.default_rng(0)
@@ -218,7 +215,7 @@ def flow_rl(request: pytest.FixtureRequest) -> Peer:
 def both(work: str, peer: Peer) -> tuple[Callable, Callable]:
     """The same work by us, as fast as we can here, and by the other."""
     if work == "update":
-        return trainer(compiled=True, captured=ON_GPU), peer.update
+        return trainer(compile=True, cudagraphs=ON_GPU), peer.update
     if work == "evaluation":
         act, ours, theirs = actor(10), short_episodes(), short_episodes()
         return lambda: dql.evaluate(act, ours, list(range(10)), DEVICE), lambda: peer.evaluate(theirs)
@@ -245,7 +242,7 @@ def test_beside(benchmark, request, peer, work, rounds, capsys) -> None:
     benchmark.pedantic(timed, (ours,), setup=lambda: seconds.append(timed(theirs)), rounds=rounds, warmup_rounds=1)
     low, ratio, high = np.quantile(np.array(seconds[-rounds:]) / benchmark.stats.stats.data, [0.25, 0.5, 0.75])
     benchmark.extra_info |= {"other_seconds": float(np.median(seconds)), "ratio_quartiles": [low, ratio, high],
-                             "threads": torch.get_num_threads()}  # fmt: skip
+                             "threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0))}  # fmt: skip
     with capsys.disabled():
         print(f"\n{work}: {peer.__name__} takes {ratio:.2f} times as long ({low:.2f} to {high:.2f})")
 
@@ -268,7 +265,7 @@ def seconds_of(work: Callable[[], object], repeats: int) -> float:
 
 def product_rate(size: int, repeats: int) -> float:
     """Floating-point operations per second of a product of two float32 matrices, (size, size), compiled."""
-    product = fast_sampler.compiled(lambda x, w: x @ w, DEVICE)
+    product = compiled(lambda x, w: x @ w, DEVICE)
     x, w = torch.randn(size, size, device=DEVICE), torch.randn(size, size, device=DEVICE)
     return 2 * size**3 / seconds_of(lambda: product(x, w), repeats)
 
@@ -278,17 +275,16 @@ def test_roofline_of_an_update(benchmark, capsys) -> None:
     """Operations, bytes and calls of an update, the limits that they set on this device, and what part is reached.
 
     Operations: those of the matrix products. Bytes: each parameter, its two moments and its average read and written
-    once, which no implementation can save. The rates are this device's, measured here.
+    once; from memory, though a cache may hold them. The rates are this device's, measured here.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    agent, generator = build()
-    data = dql.make_batch(arrays(), "none", DEVICE)
-    dql.train_step(agent, data, generator)
+    (agent,), updates, _ = steps()
+    updates(1)
     with FlopCounterMode(display=False) as count:
-        dql.train_step(agent, data, generator)
+        updates(1)
     with torch.profiler.profile() as profile:
-        dql.train_step(agent, data, generator)
+        updates(1)
     parameters = sum(p.numel() for name in ("policy", "critic") for p in getattr(agent, name).parameters())
     source, target = torch.zeros(2, 2**26, device=DEVICE)
     work = {
@@ -300,8 +296,9 @@ def test_roofline_of_an_update(benchmark, capsys) -> None:
         "bytes_per_second": 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 1),
     }
     limit = max(work["flop"] / work["flop_per_second_2048"], work["bytes"] / work["bytes_per_second"])
-    measure(benchmark, trainer(compiled=True, captured=ON_GPU))
-    seconds = benchmark.stats.stats.median / UPDATES
+    train = trainer(compile=True, cudagraphs=ON_GPU)
+    measure(benchmark, train)
+    seconds = seconds_of(train, 1) / UPDATES
     benchmark.extra_info |= work | {"limit_seconds": limit, "part_of_limit": limit / seconds}
     with capsys.disabled():
         print(
