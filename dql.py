@@ -760,7 +760,7 @@ def make_steps(args: Args, agents: list, dataset: Batch, generators: list, eval_
 
     def updates(n: int) -> Tensor:
         turns = zip(agents, generators, strict=True)
-        return torch.cat([sum(train_step(agent, dataset, g) for _ in range(n)).reshape(-1, 7) for agent, g in turns])
+        return torch.cat([torch.atleast_2d(sum(train_step(agent, dataset, g) for _ in range(n))) for agent, g in turns])
 
     def act(states: Tensor) -> Tensor:
         turns = zip(agents, states.chunk(len(agents)), eval_generators, strict=True)

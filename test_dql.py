@@ -566,6 +566,7 @@ def test_a_stopped_run_goes_on_exactly(
     """A signal in an update, in an evaluation and in a log: a checkpoint, one line, and the end of a run left alone."""
     args, whole = run_left_alone(num_seeds)
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    count *= num_seeds if module is dql else 1  # seeds take turns
     with monkeypatch.context() as patch, pytest.raises(dql.Stopped, match=f"stopped at update {step} of 24") as stop:
         patch.setattr(module, name, on_call(count, getattr(module, name), lambda: signal.raise_signal(signum)))
         dql.train(args)
