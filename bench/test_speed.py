@@ -224,12 +224,8 @@ def both(work: str, peer: Peer) -> tuple[Callable, Callable]:
     return lambda: act(x).cpu(), lambda: peer.act(states)
 
 
-@pytest.mark.benchmark(group="beside other implementations")
-@pytest.mark.parametrize("peer", [official, flow_rl])
-@pytest.mark.parametrize("work, rounds", [("update", 15), ("act 1", 40), ("act 10", 20), ("evaluation", 5)])
-def test_beside(benchmark, request, peer, work, rounds, capsys) -> None:
-    """In turns, so that what else the machine does slows both: quartiles of the ratios, round by round."""
-    ours, theirs = both(work, peer(request))
+def in_turns(benchmark, ours: Callable, theirs: Callable, rounds: int) -> str:
+    """Round by round, so that what else the machine does slows both: median and quartiles of theirs / ours."""
     seconds = []
 
     def timed(work: Callable) -> float:
@@ -243,8 +239,25 @@ def test_beside(benchmark, request, peer, work, rounds, capsys) -> None:
     low, ratio, high = np.quantile(np.array(seconds[-rounds:]) / benchmark.stats.stats.data, [0.25, 0.5, 0.75])
     benchmark.extra_info |= {"other_seconds": float(np.median(seconds)), "ratio_quartiles": [low, ratio, high],
                              "threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0))}  # fmt: skip
+    return f"{ratio:.2f} times as long ({low:.2f} to {high:.2f})"
+
+
+@pytest.mark.benchmark(group="beside other implementations")
+@pytest.mark.parametrize("peer", [official, flow_rl])
+@pytest.mark.parametrize("work, rounds", [("update", 15), ("act 1", 40), ("act 10", 20), ("evaluation", 5)])
+def test_beside(benchmark, request, peer, work, rounds, capsys) -> None:
+    ratio = in_turns(benchmark, *both(work, peer(request)), rounds)
     with capsys.disabled():
-        print(f"\n{work}: {peer.__name__} takes {ratio:.2f} times as long ({low:.2f} to {high:.2f})")
+        print(f"\n{work}: {peer.__name__} takes {ratio}")
+
+
+@pytest.mark.benchmark(group="four agents beside one")
+def test_four_agents_beside_one(benchmark, capsys) -> None:
+    """One agent's updates, four times as many, beside those of four agents."""
+    one, four = (partial(steps(replicas=k, compile=True, cudagraphs=ON_GPU)[1], UPDATES * 4 // k) for k in (1, 4))
+    ratio = in_turns(benchmark, four, one, rounds=10)
+    with capsys.disabled():
+        print(f"\nas many updates of one agent take {ratio}")
 
 
 # ----------------------------------------------------------------------------- what an update is made of
