@@ -49,7 +49,7 @@ def choose_path(args: Args, device: torch.device) -> Args:
     lacks = lacks_to_compile(on_gpu)
     if args.compile and lacks:
         raise BadInput(f"--compile needs {lacks}: install it, or give --no-compile")
-    long = args.num_updates >= 50_000 if on_gpu else args.num_updates * args.num_seeds >= 10_000
+    long = args.num_updates >= 50_000 if on_gpu else args.num_updates * args.num_seeds >= 5_000
     return replace(
         args,
         compile=long and not lacks if args.compile is None else args.compile,

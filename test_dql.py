@@ -1251,7 +1251,7 @@ def test_paths_are_chosen_by_device_and_length(monkeypatch):
     assert chosen(cpu, num_updates=100) == (False, False) and chosen(cpu, num_updates=10**6) == (True, False)
     assert chosen(gpu, num_updates=100) == (False, False) and chosen(gpu, num_updates=10_000) == (False, True)
     assert chosen(gpu, num_updates=10**6) == (True, True)
-    assert chosen(cpu, num_updates=2500, num_seeds=4) == (True, False)
+    assert chosen(cpu, num_updates=2500, num_seeds=2) == (True, False) and not chosen(cpu, num_updates=4999)[0]
     assert chosen(gpu, num_updates=10**6, compile=False, cudagraphs=False) == (False, False)
     with pytest.raises(BadInput, match="--cudagraphs"):
         chosen(cpu, cudagraphs=True)
