@@ -260,6 +260,23 @@ def test_four_agents_beside_one(benchmark, capsys) -> None:
         print(f"\nas many updates of one agent take {ratio}")
 
 
+@pytest.mark.benchmark(group="oneDNN's products beside MKL's")
+@pytest.mark.skipif(ON_GPU or torch.backends.cpu.get_cpu_capability() != "AVX512", reason="no CPU with AVX-512")
+@pytest.mark.parametrize("work", ["update", "act 10"])
+def test_onednn_beside_mkl(benchmark, monkeypatch, work, capsys) -> None:
+    """What compiling.py gains: the same compiled work without its pass, as on a CPU that lacks AVX-512."""
+
+    def build() -> Callable:
+        act, x = actor(10), torch.randn(10, STATE_DIM)
+        return trainer(compile=True) if work == "update" else lambda: act(x)
+
+    with_onednn = build()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    ratio = in_turns(benchmark, with_onednn, build(), rounds=15)
+    with capsys.disabled():
+        print(f"\n{work}: with MKL's products it takes {ratio}")
+
+
 # ----------------------------------------------------------------------------- what an update is made of
 
 
@@ -276,9 +293,8 @@ def seconds_of(work: Callable[[], object], repeats: int) -> float:
     return float(np.median(rounds[1:]))
 
 
-def product_rate(size: int, repeats: int) -> float:
-    """Floating-point operations per second of a product of two float32 matrices, (size, size), compiled."""
-    product = compiled(lambda x, w: x @ w, DEVICE)
+def product_rate(product: Callable, size: int, repeats: int) -> float:
+    """Floating-point operations per second of a product of two float32 matrices, (size, size)."""
     x, w = torch.randn(size, size, device=DEVICE), torch.randn(size, size, device=DEVICE)
     return 2 * size**3 / seconds_of(lambda: product(x, w), repeats)
 
@@ -300,12 +316,14 @@ def test_roofline_of_an_update(benchmark, capsys) -> None:
         updates(1)
     parameters = sum(p.numel() for name in ("policy", "critic") for p in getattr(agent, name).parameters())
     source, target = torch.zeros(2, 2**26, device=DEVICE)
+    product = compiled(lambda x, w: x @ w, DEVICE)
     work = {
         "flop": count.get_total_flops(),
         "bytes": 4 * 2 * 4 * parameters,
         "calls_eager": sum(not event.cpu_children for event in profile.events()),
-        "flop_per_second_256": product_rate(256, 100),
-        "flop_per_second_2048": product_rate(2048, 3),
+        "flop_per_second_256": product_rate(product, 256, 100),
+        "flop_per_second_256_eager": product_rate(torch.mm, 256, 100),
+        "flop_per_second_2048": product_rate(product, 2048, 3),
         "bytes_per_second": 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 1),
     }
     limit = max(work["flop"] / work["flop_per_second_2048"], work["bytes"] / work["bytes_per_second"])
@@ -317,7 +335,8 @@ def test_roofline_of_an_update(benchmark, capsys) -> None:
         print(
             f"\none update: {work['flop'] / 1e9:.2f} GFLOP in products, {work['bytes'] / 1e6:.1f} MB of parameters, "
             f"{work['calls_eager']:,} calls if eager; here a product of 256 x 256 makes "
-            f"{work['flop_per_second_256'] / 1e9:.0f} GFLOP/s, of 2048 {work['flop_per_second_2048'] / 1e9:.0f}, "
+            f"{work['flop_per_second_256'] / 1e9:.0f} GFLOP/s compiled and "
+            f"{work['flop_per_second_256_eager'] / 1e9:.0f} eager, of 2048 {work['flop_per_second_2048'] / 1e9:.0f}, "
             f"a copy {work['bytes_per_second'] / 1e9:.0f} GB/s: at least {1000 * limit:.2f} ms; "
             f"{1000 * seconds:.2f} ms are {limit / seconds:.0%} of that speed"
         )
