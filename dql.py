@@ -463,11 +463,13 @@ class DiffusionQL:
         if not self.has_critics:
             return bc, torch.zeros_like(bc)
         action = self.policy.sample(batch.state, draws.policy_noise)
-        frozen = {name: p.detach() for name, p in self.critic.named_parameters()}  # no gradient goes to the critics
-        q1, q2 = torch.func.functional_call(self.critic, frozen, (batch.state, action))
-        heads = draws.coin > 0.5
-        q = torch.where(heads, -q1.mean() / q2.detach().abs().mean(), -q2.mean() / q1.detach().abs().mean())
-        return bc, q
+        # both critics in the coin's order, detached: no gradient goes to them, nor through the one that only normalises
+        first_wins, ordered = draws.coin > 0.5, {}
+        for (name, p1), p2 in zip(self.critic.q1.named_parameters(), self.critic.q2.parameters(), strict=True):
+            ordered["q1." + name] = torch.where(first_wins, p1, p2).detach()
+            ordered["q2." + name] = torch.where(first_wins, p2, p1).detach()
+        q, other_q = torch.func.functional_call(self.critic, ordered, (batch.state, action))
+        return bc, -q.mean() / other_q.detach().abs().mean()
 
     def update(self, batch: Batch, draws: Draws) -> Losses:
         """One iteration of Algorithm 1. Nothing in it waits for the device."""
