@@ -15,6 +15,7 @@ every path equal to the eager one.
 """
 
 import copy
+import gc
 import importlib.util
 import os
 import shlex
@@ -266,6 +267,7 @@ def capture(step: Callable[[], None], generators: list[torch.Generator], device:
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)  # or every replay would draw the same numbers
+        gc.collect()  # an older graph that nobody holds must not be destroyed while this one is captured
         with torch.cuda.graph(graph, stream=stream):
             step()
     return graph
