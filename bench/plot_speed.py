@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 PANELS = {
     "test_update_of_n_steps": "N, denoising steps",
@@ -43,10 +44,14 @@ def points(file: dict, test: str) -> list[tuple[int, float]]:
 def main(args: Args) -> None:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (test, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for path in args.files:
-            file = json.loads(path.read_text())
-            axes.plot(*zip(*points(file, test), strict=True), marker="o", label=path.stem)
         axes.set(xlabel=label, ylabel="ms an update", xscale="log", yscale="log")
+        for path in args.files:
+            measured, ms = zip(*points(json.loads(path.read_text()), test), strict=True)
+            axes.plot(measured, ms, marker="o", label=path.stem)
+            axes.set_xticks(measured, map(str, measured))
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.legend()
     figure.savefig(args.out)
 

@@ -308,10 +308,12 @@ def test_roofline_of_an_update(benchmark, capsys) -> None:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    (agent,), updates, _ = steps()
+    (agent,), updates, act = steps(states=10)
     updates(1)
     with FlopCounterMode(display=False) as count:
         updates(1)
+    with FlopCounterMode(display=False) as count_acting:
+        act(torch.randn(10, STATE_DIM, device=DEVICE))
     with torch.profiler.profile() as profile:
         updates(1)
     parameters = sum(p.numel() for name in ("policy", "critic") for p in getattr(agent, name).parameters())
@@ -319,6 +321,7 @@ def test_roofline_of_an_update(benchmark, capsys) -> None:
     product = compiled(lambda x, w: x @ w, DEVICE)
     work = {
         "flop": count.get_total_flops(),
+        "flop_acting_10": count_acting.get_total_flops(),
         "bytes": 4 * 2 * 4 * parameters,
         "calls_eager": sum(not event.cpu_children for event in profile.events()),
         "flop_per_second_256": product_rate(product, 256, 100),
@@ -333,7 +336,8 @@ def test_roofline_of_an_update(benchmark, capsys) -> None:
     benchmark.extra_info |= work | {"limit_seconds": limit, "part_of_limit": limit / seconds}
     with capsys.disabled():
         print(
-            f"\none update: {work['flop'] / 1e9:.2f} GFLOP in products, {work['bytes'] / 1e6:.1f} MB of parameters, "
+            f"\none update: {work['flop'] / 1e9:.2f} GFLOP in products (acting in 10 states: "
+            f"{work['flop_acting_10'] / 1e9:.2f}), {work['bytes'] / 1e6:.1f} MB of parameters, "
             f"{work['calls_eager']:,} calls if eager; here a product of 256 x 256 makes "
             f"{work['flop_per_second_256'] / 1e9:.0f} GFLOP/s compiled and "
             f"{work['flop_per_second_256_eager'] / 1e9:.0f} eager, of 2048 {work['flop_per_second_2048'] / 1e9:.0f}, "
