@@ -111,7 +111,7 @@ def resumed_args(given: Args) -> Args:
     """The arguments of the run to resume. Raises BadInput where a given flag differs from the run's."""
     saved, group = read_args(given.resume), given.resume.resolve().parent
     if given.resume.resolve().name.startswith("seed-") and (group / "args.json").exists():
-        raise BadInput(f"{given.resume} is a part of the run {group}: resume that")
+        raise BadInput(f"{given.resume} is a part of the run {group}: resume that, or a copy of the part elsewhere")
     refuse_others(given, saved, [f.name for f in fields(given) if getattr(given, f.name) != f.default])
     free = {name: getattr(given, name) for name in FREE}
     return replace(saved, **{k: v for k, v in free.items() if v is not None or k not in ("compile", "cudagraphs")})

@@ -539,15 +539,12 @@ def save(args: Args, folder: Path, agents: list[dict], generators: list, now: Pr
     """The checkpoint of each seed, for itself; then that of all, from which a run goes on."""
     now.kept = now.step
     states = [generator.get_state() for generator in generators]
-    common = {
-        "args": as_json(args),
-        "versions": versions(),
-        "device": generators[0].device.type,
-    }
-    whole = {"agents": agents, "generators": states, "progress": vars(now)}
+    common = {"versions": versions(), "device": generators[0].device.type}
+    whole = {"agents": agents, "generators": states, "progress": vars(now), "args": as_json(args)}
     for k, path in enumerate(seed_folders(args, folder) if args.num_seeds > 1 else []):
         progress = vars(now) | {"sums": now.sums[k : k + 1].clone(), "history": now.history[k : k + 1]}
-        one = {"agents": agents[k : k + 1], "generators": states[k : k + 1], "progress": progress}
+        own = as_json(replace(args, seed=args.seed + k, num_seeds=1))
+        one = {"agents": agents[k : k + 1], "generators": states[k : k + 1], "progress": progress, "args": own}
         write_torch(path / "checkpoint.pt", one | common)
     write_torch(folder / "checkpoint.pt", whole | common)
 

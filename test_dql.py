@@ -585,6 +585,20 @@ def test_a_stopped_run_goes_on_exactly(
 
 
 @run_wanted
+def test_a_seed_copied_out_of_its_run_goes_on_alone(run_left_alone, interruptible, monkeypatch, tmp_path):
+    """On a CPU it ends with the bits that it has in the run: so the seeds of a run can be spread over cores."""
+    args, whole = run_left_alone(2)
+    with monkeypatch.context() as patch, pytest.raises(dql.Stopped) as stop:
+        patch.setattr(dql, "train_step", on_call(20, dql.train_step, lambda: signal.raise_signal(signal.SIGTERM)))
+        dql.train(args)
+    stopped = Path(str(stop.value).split("--resume ")[1])
+    for seed in (f"seed-{args.seed}", f"seed-{args.seed + 1}"):
+        shutil.copytree(stopped / seed, tmp_path / seed)
+        dql.train(Args(resume=tmp_path / seed))
+        assert_same_end(whole / seed, tmp_path / seed)
+
+
+@run_wanted
 def test_a_run_killed_at_random_moments_ends_the_same(tmp_path):
     """Three kills of one seed's run and three of two seeds' at once."""
     out = tmp_path / "torture.json"
