@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullFormatter
 
 PANELS = {
     "test_update_of_n_steps": "N, denoising steps",
@@ -45,13 +45,16 @@ def main(args: Args) -> None:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (test, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         axes.set(xlabel=label, ylabel="ms an update", xscale="log", yscale="log")
-        for path in args.files:
-            measured, ms = zip(*points(json.loads(path.read_text()), test), strict=True)
-            axes.plot(measured, ms, marker="o", label=path.stem)
-            axes.set_xticks(measured, map(str, measured))
+        measured = {path.stem: points(json.loads(path.read_text()), test) for path in args.files}
+        for name, line in measured.items():
+            if line:
+                axes.plot(*zip(*line, strict=True), marker="o", label=name)
+        ticks = sorted({parameter for line in measured.values() for parameter, _ in line})
+        axes.set_xticks(ticks, map(str, ticks))
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend()
     figure.savefig(args.out)
 

@@ -228,7 +228,7 @@ def test_killed_and_started_again(undisturbed, tmp_path):
             wait_until(lambda seed=seed: in_mid_run(tmp_path, seed))
             process.send_signal(signum)
             assert process.wait() == code
-        wait_until(lambda: not trainers(tmp_path), seconds=10)
+        wait_until(lambda: not trainers(tmp_path))
     written = only_folder(tmp_path, 0).joinpath("summary.json").stat().st_mtime_ns
     with started(words) as process:
         assert "1 job(s) to do" in process.communicate()[0] and process.returncode == 0
