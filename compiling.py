@@ -1,12 +1,17 @@
 """How dql.py's losses and acting are compiled, and what carries out their matrix products on a CPU.
 
-PyTorch's float32 products on x86 are MKL's, which on AMD's processors keeps to AVX2. oneDNN, in PyTorch too, takes
-AVX-512 wherever there is any and then needs half the time for a layer of 256 x 256. A pass over each compiled graph,
-forward and backward alike, puts the one in the place of the other; mathematics and dql.py's text stay as they are.
-Which of the two is chosen is a matter of the processor, never of a measurement: a resumed run has the same bits.
+A pass over each compiled graph, forward and backward alike, mends two weaknesses of PyTorch's float32 products on x86,
+which are MKL's; mathematics and dql.py's text stay as they are. A product with a bias first copies that into every row
+of its result: here the kernel that reads the result adds it. And on AMD's processors MKL keeps to AVX2: where they have
+AVX-512 the products are oneDNN's, in PyTorch too, which takes it and then needs half the time for a layer of 256 x 256
+(on Intel's, where MKL takes it as well, it needs a tenth more). Which of the two is chosen is a matter of the
+processor, never of a measurement: a resumed run has the same bits.
 """
 
+import functools
+import platform
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,18 +22,34 @@ THIN = 32  # a product with a dimension below gains nothing: measured with batch
 
 def compiled(function: Callable, device: torch.device) -> Callable:
     """function, compiled whole for the shapes it is called with, and so its gradient."""
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
-    options = {"post_grad_custom_post_pass": PRODUCTS_TO_ONEDNN} if device.type == "cpu" and wide else {}
+    options = {"post_grad_custom_post_pass": FASTER_PRODUCTS} if device.type == "cpu" else {}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
-class ProductsToOneDNN(CustomGraphPass):
-    """Replaces the float32 products of a compiled graph, thin ones and those with part of a wider matrix aside."""
+def instructions() -> str:
+    """What the choice of products depends on: the processor's vendor and its vector instructions, "AMD AVX512"."""
+    return f"{vendor()} {torch.backends.cpu.get_cpu_capability()}"
 
-    def uuid(self) -> object:
-        return get_hash_for_files((__file__,))  # graphs that another version of this compiled are not reused
+
+@functools.cache
+def vendor() -> str:
+    """Who made the processor: "AMD", "Intel" or "other"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    name = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    return "AMD" if "AuthenticAMD" in name else "Intel" if "GenuineIntel" in name else "other"
+
+
+class FasterProducts(CustomGraphPass):
+    """Takes biases out of a compiled graph's products, and where it pays gives these to oneDNN, each with its bias.
+
+    Not to oneDNN go thin ones, and those with part of a wider matrix.
+    """
+
+    def uuid(self) -> object:  # graphs that another version of this, or another processor, compiled are not reused
+        return get_hash_for_files((__file__,)), instructions()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
+        to_onednn = instructions() == "AMD AVX512" and torch.backends.mkldnn.is_available()
         for node in graph.nodes:
             if node.target is torch.ops.aten.mm.default:
                 x, w, bias = *node.args, None
@@ -36,13 +57,23 @@ class ProductsToOneDNN(CustomGraphPass):
                 bias, x, w = node.args
             else:
                 continue
-            (m, k), n = x.meta["val"].shape, w.meta["val"].shape[1]
-            fits = bias is None or bias.meta["val"].shape in ((n,), (m, n))
-            if min(m, k, n) >= THIN and fits and is_packed_float32(x.meta["val"]) and is_packed_float32(w.meta["val"]):
+            if to_onednn and suits_onednn(*(matrix and matrix.meta["val"] for matrix in (x, w, bias))):
                 node.target, node.args = torch.ops.diffusion_ql.product.default, (x, w, bias)
+            elif bias is not None:
+                with graph.inserting_before(node):
+                    mm = graph.call_function(torch.ops.aten.mm.default, (x, w))
+                mm.meta["val"] = node.meta["val"]
+                node.target, node.args = torch.ops.aten.add.Tensor, (mm, bias)
 
 
-PRODUCTS_TO_ONEDNN = ProductsToOneDNN()  # one, or the code compiled for one agent would not serve the next
+FASTER_PRODUCTS = FasterProducts()  # one, or the code compiled for one agent would not serve the next
+
+
+def suits_onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN gains at x w + bias: (m, k), (k, n), and any bias that is broadcast to (m, n)."""
+    (m, k), n = x.shape, w.shape[1]
+    fits = bias is None or bias.shape in ((n,), (m, n))
+    return min(m, k, n) >= THIN and fits and is_packed_float32(x) and is_packed_float32(w)
 
 
 def is_packed_float32(matrix: Tensor) -> bool:

@@ -235,8 +235,7 @@ class FastSampler:
 
         self.step = step  # keeps the agent: a graph holds no tensor that was made outside of it
         generators = generator if isinstance(generator, list) else [generator]
-        replicas = len(generators) if isinstance(generator, list) else 1
-        self.states = torch.zeros(replicas * num_states, agent.state_dim, device=agent.device)
+        self.states = torch.zeros(len(generators) * num_states, agent.state_dim, device=agent.device)
         with unchanged([agent], generators):
             self.graph = capture(step, generators, agent.device)
 

@@ -478,8 +478,10 @@ def write_curve(path: Path, rows: list[dict], args: Args, paper: tuple[float, fl
 @functools.cache
 def versions() -> dict[str, str | int]:
     """Of what a score depends on."""
+    from compiling import instructions
+
     found = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
-    found["instructions"] = torch.backends.cpu.get_cpu_capability()  # what compiled products are made of depends on it
+    found["instructions"] = instructions()
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     for package in ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "gym", "d4rl", "free-mujoco-py"):

@@ -61,6 +61,10 @@ mujoco_wanted = pytest.mark.skipif(
 )
 RUN_PACKAGES = ("gymnasium", "gymnasium_robotics", "mujoco", "h5py", "tqdm", "tensorboard", "matplotlib")
 run_wanted = pytest.mark.skipif(not all(map(d4rl_tasks.find_spec, RUN_PACKAGES)), reason="no packages for whole runs")
+can_compile, gpu_compiles = (
+    pytest.mark.skipif(bool(lacks), reason=f"compiling needs {lacks}")
+    for lacks in map(fast_sampler.lacks_to_compile, (False, True))
+)
 
 
 @pytest.fixture
@@ -227,17 +231,18 @@ def test_bc_loss_is_eq_2(float64):
     assert policy.bc_loss(action, state, step, noise).item() == pytest.approx(total.item() / 14, rel=1e-12)
 
 
-def test_mish_and_its_gradient(float64):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=can_compile)])
+def test_mish_and_its_gradient(compiled, float64):
     """x tanh(log(1 + e^x)) and its derivative, to the rounding of x itself, also where e^x would overflow."""
     x = torch.cat([torch.linspace(-50, 50, 4001), torch.tensor([-1e4, 0.0, 19.999, 20.001, 1e4])]).requires_grad_()
     want = torch.nn.functional.mish(x)
     (want_slope,) = torch.autograd.grad(want.sum(), x)
-    got = dql.Mish()(x)
+    got = (compiling.compiled(dql.Mish(), x.device) if compiled else dql.Mish())(x)
     (slope,) = torch.autograd.grad(got.sum(), x)
     rounding = 4 * torch.finfo(torch.float64).eps * x.detach().abs().clamp(min=1)
     assert ((got - want).abs() <= rounding).all()
     assert ((slope - want_slope).abs() <= rounding).all()
-    assert torch.autograd.gradcheck(dql.Mish(), x[1500:2500:50], check_undefined_grad=False)
+    assert compiled or torch.autograd.gradcheck(dql.Mish(), x[1500:2500:50], check_undefined_grad=False)
 
 
 # ----------------------------------------------------------------- the update
@@ -964,12 +969,6 @@ def test_replicas_equal_single_agents(changes, device, float64):
         torch.testing.assert_close(dql.act_fresh(many, states, generators), torch.cat(want), **FLOAT64)
 
 
-can_compile, gpu_compiles = (
-    pytest.mark.skipif(bool(lacks), reason=f"compiling needs {lacks}")
-    for lacks in map(fast_sampler.lacks_to_compile, (False, True))
-)
-
-
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=can_compile)])
 def test_agents_in_turn_are_single_agents(compiled, float64):
     """What a CPU makes of several seeds: given the same generators, the losses, states and actions of each alone."""
@@ -1028,40 +1027,50 @@ def test_products_by_onednn(shapes):
             assert got.is_contiguous() and (got - want).abs().max() < 1e-6 * k
 
 
-def test_what_goes_to_onednn():
-    """Float32 products of matrices that lie in memory in one piece, none of them thin; all else stays."""
+def test_what_becomes_of_products(monkeypatch):
+    """On AMD's processors with AVX-512 float32 products of matrices that lie in memory in one piece, none of them thin,
+    go to oneDNN; all others are left where they are, and biases taken out of them."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def kinds(function: Callable, *inputs: torch.Tensor) -> list[str]:
-        graph = make_fx(function, tracing_mode="fake")(*inputs).graph
-        compiling.PRODUCTS_TO_ONEDNN(graph)
-        names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
-        return [name for name in names if "mm" in name or "product" in name]
+        traced = make_fx(function, tracing_mode="fake")(*inputs)
+        compiling.FASTER_PRODUCTS(traced.graph)
+        traced.recompile()
+        torch.testing.assert_close(traced(*inputs), function(*inputs), rtol=1e-4, atol=1e-4)  # float32, of order 10
+        names = [str(node.target).split(".")[1] for node in traced.graph.nodes if node.op == "call_function"]
+        return [name for name in names if name in ("mm", "addmm", "add", "product")]
 
-    x, w, wide = torch.randn(64, 40), torch.randn(50, 40), torch.randn(50, 60)
-    ours = ["diffusion_ql.product.default"]
-    assert kinds(lambda x, w: x @ w.t(), x, w) == ours and kinds(lambda x, w: w @ x.t(), x, w) == ours
-    assert kinds(torch.nn.functional.linear, x, w, torch.randn(50)) == ours
-    assert kinds(torch.addmm, torch.randn(64, 50), x, w.t()) == ours
-    assert kinds(torch.addmm, torch.randn(1), x, w.t()) == ["aten.addmm.default"]
-    assert kinds(lambda x, w, b: torch.addmm(b, x, w.t(), beta=2), x, w, torch.randn(50)) == ["aten.addmm.default"]
-    assert kinds(lambda x, w: x @ w.t(), x.double(), w.double()) == ["aten.mm.default"]
-    assert kinds(lambda x, w: x @ w[:, :40].t(), x, wide) == ["aten.mm.default"]
-    assert kinds(lambda x, w: x @ w.t(), x[:31], w) == ["aten.mm.default"]
+    x, w, wide, bias = torch.randn(64, 40), torch.randn(50, 40), torch.randn(50, 60), torch.randn(50)
+    linear = torch.nn.functional.linear
+    for where in ("AMD AVX512", "Intel AVX512", "AMD AVX2"):
+        monkeypatch.setattr(compiling, "instructions", lambda where=where: where)
+        onednn = where == "AMD AVX512" and torch.backends.mkldnn.is_available()
+        product, with_bias = (["product"], ["product"]) if onednn else (["mm"], ["mm", "add"])
+        assert kinds(lambda x, w: x @ w.t(), x, w) == kinds(lambda x, w: w @ x.t(), x, w) == product
+        assert kinds(linear, x, w, bias) == kinds(torch.addmm, torch.randn(64, 50), x, w.t()) == with_bias
+        assert kinds(torch.addmm, torch.randn(1), x, w.t()) == ["mm", "add"]
+        assert kinds(lambda x, w, b: torch.addmm(b, x, w.t(), beta=2), x, w, bias) == ["addmm"]
+        assert kinds(lambda x, w: x @ w.t(), x.double(), w.double()) == ["mm"]
+        assert kinds(lambda x, w: x @ w[:, :40].t(), x, wide) == ["mm"]
+        assert kinds(lambda x, w: x @ w.t(), x[:31], w) == ["mm"]
+        assert kinds(linear, x[:31], w, bias) == ["mm", "add"]
 
 
 @onednn_wanted
 @can_compile
-@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
-def test_compiled_float32_updates(capability, monkeypatch):
-    """Where the CPU has AVX-512, or is said to, all large products of an update and of acting are oneDNN's, elsewhere
-    none; and losses, gradients and actions are those of eager float64: float32's rounding, over some dozen layers, is
-    far below 1e-4 of the largest entry."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+@pytest.mark.parametrize("processor", ["AMD AVX512", "Intel AVX512"])
+def test_compiled_float32_updates(processor, monkeypatch):
+    """Where the CPU is AMD's and has AVX-512, or is said to, all large products of an update and of acting are
+    oneDNN's, elsewhere none; no other adds a bias; and losses, gradients and actions are those of eager float64:
+    float32's rounding, over some dozen layers, is far below 1e-4 of the largest entry."""
+    monkeypatch.setattr(compiling, "instructions", lambda: processor)
     torch.compiler.reset()
     calls = Counter()
 
     def outcome(agent: DiffusionQL) -> list[torch.Tensor]:
+        agent.policy_opt.zero_grad()
+        agent.critic_opt.zero_grad()
+        calls.clear()
         dtype, rng = torch.get_default_dtype(), np.random.RandomState(0)
         batch = Batch(*(x.to(dtype) for x in official_batch(rng, 17, 6, 256)))
         draws = Draws(*(x.to(dtype) if x.is_floating_point() else x for x in official_draws(rng, 6, 256, 5, 256)))
@@ -1078,9 +1087,11 @@ def test_compiled_float32_updates(capability, monkeypatch):
     single = tiny_agent(17, 6, batch_size=256, grad_norm=9.0)
     state = single.state_dict()
     single.compile()
+    outcome(single)  # compiling calls operations too, which are not to be counted
     got = outcome(single)
     # by count: 2 in each of 16 passes of a policy, 4 in 6 backward ones; critics' 4 in 4 passes, 8 and 2 in gradients
-    assert calls["mkldnn::_linear_pointwise"] == (32 + 24 + 16 + 10 if capability == "AVX512" else 0)
+    assert calls["mkldnn::_linear_pointwise"] == (32 + 24 + 16 + 10 if processor == "AMD AVX512" else 0)
+    assert calls["aten::addmm"] == 0
     try:
         torch.set_default_dtype(torch.float64)
         double = tiny_agent(17, 6, batch_size=256, grad_norm=9.0)

@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 import torch
 
+import compiling
 import dql
-from compiling import compiled
 
 STATE_DIM, ACTION_DIM, ROWS = 17, 6, 100_000
 DEVICE = dql.choose_device("auto")
@@ -260,21 +260,29 @@ def test_four_agents_beside_one(benchmark, capsys) -> None:
         print(f"\nas many updates of one agent take {ratio}")
 
 
-@pytest.mark.benchmark(group="oneDNN's products beside MKL's")
-@pytest.mark.skipif(ON_GPU or torch.backends.cpu.get_cpu_capability() != "AVX512", reason="no CPU with AVX-512")
+@pytest.mark.benchmark(group="products: what compiling.py makes of them, beside others")
+@pytest.mark.skipif(ON_GPU, reason="it changes a CPU's products alone")
 @pytest.mark.parametrize("work", ["update", "act 10"])
-def test_onednn_beside_mkl(benchmark, monkeypatch, work, capsys) -> None:
-    """What compiling.py gains: the same compiled work without its pass, as on a CPU that lacks AVX-512."""
+@pytest.mark.parametrize("others", ["PyTorch's products as they are", "the products of the library not chosen"])
+def test_products(benchmark, monkeypatch, work, others, capsys) -> None:
+    """The same compiled work without compiling.py's pass, or with oneDNN where it takes MKL or the other way round."""
 
     def build() -> Callable:
         act, x = actor(10), torch.randn(10, STATE_DIM)
         return trainer(compile=True) if work == "update" else lambda: act(x)
 
-    with_onednn = build()
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    ratio = in_turns(benchmark, with_onednn, build(), rounds=15)
+    ours = build()
+    ours()
+    if "library" in others:
+        if torch.backends.cpu.get_cpu_capability() != "AVX512":
+            pytest.skip("no CPU with AVX-512")
+        other = {"AMD AVX512": "Intel AVX512"}.get(compiling.instructions(), "AMD AVX512")
+        monkeypatch.setattr(compiling, "instructions", lambda: other)
+    # a new one, or what was compiled with the old one would serve again
+    monkeypatch.setattr(compiling, "FASTER_PRODUCTS", compiling.FasterProducts() if "library" in others else None)
+    ratio = in_turns(benchmark, ours, build(), rounds=15)
     with capsys.disabled():
-        print(f"\n{work}: with MKL's products it takes {ratio}")
+        print(f"\n{work}: with {others} it takes {ratio}")
 
 
 # ----------------------------------------------------------------------------- what an update is made of
@@ -318,7 +326,7 @@ def test_roofline_of_an_update(benchmark, capsys) -> None:
         updates(1)
     parameters = sum(p.numel() for name in ("policy", "critic") for p in getattr(agent, name).parameters())
     source, target = torch.zeros(2, 2**26, device=DEVICE)
-    product = compiled(lambda x, w: x @ w, DEVICE)
+    product = compiling.compiled(lambda x, w: x @ w, DEVICE)
     work = {
         "flop": count.get_total_flops(),
         "flop_acting_10": count_acting.get_total_flops(),
