@@ -328,7 +328,8 @@ class DiffusionPolicy(nn.Module):
         noisy_action = scale[:, :1] * action + scale[:, 1:] * noise
         of_state, of_time = self.first_layer(state)
         # a product, not of_time[step], whose gradient sums in no fixed order on a GPU
-        of_step = F.one_hot(step, len(of_time)).to(of_time.dtype) @ of_time
+        one_hot = step[:, None] == torch.arange(len(of_time), device=step.device)  # F.one_hot reads values on a CPU
+        of_step = one_hot.to(of_time.dtype) @ of_time
         return F.mse_loss(self.predict_noise(noisy_action, of_state + of_step), noise)
 
 

@@ -40,6 +40,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import command_line
 import compiling
@@ -1186,6 +1187,42 @@ def test_fast_update_equals_eager(replicas, changes, device, float64):
     for one, g in zip(eager, alone, strict=True):
         dql.train_step(one, data, g)
     check(2)
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails where an operation's values reach the host, or the host's an operation: a GPU would wait, no graph could
+    be captured. Such are .item(), if tensor, masks as an index; torch.tensor(...)."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index.Tensor:
+            waits = any(index is not None and index.dtype == torch.bool for index in args[1])
+        else:
+            waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        assert not waits and func is not torch.ops.aten.lift_fresh.default, f"{func} in a step that is to be captured"
+        return func(*args, **(kwargs or {}))
+
+
+def tensors_of(state) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_q_backup": True, "lr_decay": True, "num_updates": 9}, {"eta": 0.0}])
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_a_step_waits_for_nothing_and_stays_where_it_is(replicas, changes):
+    """What a capture demands of training and acting: no value is read, and the agent's state keeps its memory."""
+    agents, data = three_agents(**changes)[:replicas], tiny_data("cpu")
+    agent = replicate(agents) if replicas > 1 else agents[0]
+    generator = generators_of("cpu", replicas) if replicas > 1 else generators_of("cpu", 1)[0]
+    states = torch.randn(5 * replicas, 3)
+    where = [x.data_ptr() for x in tensors_of(agent.state_dict())]
+    with NothingIsRead():
+        for _ in range(3):
+            dql.train_step(agent, data, generator)
+            dql.act_fresh(agent, states, generator)
+    assert [x.data_ptr() for x in tensors_of(agent.state_dict())] == where
+    for stray in (lambda: states.sum().item(), lambda: bool(states.sum() > 0), lambda: states[states > 0]):
+        with pytest.raises(AssertionError, match="to be captured"), NothingIsRead():
+            stray()
 
 
 @pytest.mark.parametrize("device", DEVICES)
