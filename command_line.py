@@ -108,13 +108,16 @@ def fits(value: object, kind: object) -> bool:
 
 
 def resumed_args(given: Args) -> Args:
-    """The arguments of the run to resume. Raises BadInput where a given flag differs from the run's."""
+    """The arguments of the run to resume, perhaps with more updates. Raises BadInput where another flag differs."""
     saved, group = read_args(given.resume), given.resume.resolve().parent
     if given.resume.resolve().name.startswith("seed-") and (group / "args.json").exists():
         raise BadInput(f"{given.resume} is a part of the run {group}: resume that, or a copy of the part elsewhere")
     refuse_others(given, saved, [f.name for f in fields(given) if getattr(given, f.name) != f.default])
-    free = {name: getattr(given, name) for name in FREE}
-    return replace(saved, **{k: v for k, v in free.items() if v is not None or k not in ("compile", "cudagraphs")})
+    free = {name: getattr(given, name) for name in (*FREE, "num_updates")}
+    unsaid = ("compile", "cudagraphs", "num_updates")
+    args = replace(saved, **{k: v for k, v in free.items() if v is not None or k not in unsaid})
+    check_ranges(args)
+    return args
 
 
 def refuse_given(args: Args, argv: list[str]) -> None:
@@ -132,7 +135,14 @@ def refuse_others(given: Args, saved: Args, names: list[str]) -> None:
     differ = [
         f"--{name.replace('_', '-')} {getattr(given, name)} (the run's: {getattr(saved, name)})"
         for name in names
-        if name not in FREE and getattr(given, name) != getattr(saved, name)
+        if name not in FREE
+        and getattr(given, name) != getattr(saved, name)
+        and not (name == "num_updates" and may_grow(saved.num_updates, given.num_updates, saved.lr_decay))
     ]
     if differ:
         raise BadInput(f"a resumed run keeps its arguments; leave out {', '.join(differ)}")
+
+
+def may_grow(num_updates: object, more: object, lr_decay: bool) -> bool:
+    """Whether a run of num_updates may become one of more: what it has done must not depend on where it was to end."""
+    return type(num_updates) is type(more) is int and num_updates < more and not lr_decay

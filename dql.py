@@ -81,7 +81,7 @@ class Args:
     runs_dir: Path = Path("runs")
     """where the run's folder ENV__dql__SEED__TIME goes"""
     resume: Path | None = None
-    """folder of a run to go on with exactly, from its last checkpoint"""
+    """folder of a run to go on with exactly, from its last checkpoint; a larger --num-updates makes it longer"""
     track: bool = False
     """log to Weights & Biases too (pip install wandb)"""
     capture_video: bool = False
@@ -672,6 +672,8 @@ def run(args: Args) -> dict:
     if args.resume and (args.resume / "checkpoint.pt").exists():
         now = run_folder.restore(args, agents, generators, now)
     agents, updates, act = make_steps(args, agents, dataset, generators, eval_generators)
+    if args.resume:
+        run_folder.note_length(args)
     folder = args.resume or run_folder.start_folder(args)
     path = f"{'compiled' if args.compile else 'eager'}{' and captured' * args.cudagraphs}"
     print(f"{folder}: {len(dataset.state):,} transitions, updates {now.step:,} to {args.num_updates:,} "

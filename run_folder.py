@@ -36,7 +36,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from command_line import FREE
+from command_line import FREE, may_grow, read_args
 from d4rl_tasks import BadInput, reason
 
 if TYPE_CHECKING:
@@ -156,6 +156,14 @@ def write_args(folder: Path, args: Args) -> None:
     write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(as_json(args), indent=2)))
 
 
+def note_length(args: Args) -> None:
+    """Writes the number of updates of a resumed run into its folder, and into those of its seeds first."""
+    for folder in (*seed_folders(args, args.resume), args.resume):
+        saved = read_args(folder)
+        if saved.num_updates != args.num_updates:
+            write_args(folder, replace(saved, num_updates=args.num_updates))
+
+
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Locks a run's folder until the block, or the process, ends however it may. Raises BadInput where it is locked."""
@@ -216,6 +224,8 @@ def check_same_run(checkpoint: dict, folder: Path, args: Args, device: torch.dev
         raise BadInput(f"{folder} ran on {checkpoint['device']}, and goes on exactly there alone: see --device")
     then, now = checkpoint["args"], as_json(args)
     differ = [name for name in now if name not in FREE and then.get(name, now) != now[name]]
+    if may_grow(then.get("num_updates"), args.num_updates, args.lr_decay):
+        differ.remove("num_updates")
     if differ:
         raise BadInput(f"{folder / 'checkpoint.pt'} is not of the run of its args.json: {', '.join(differ)} differ")
     path = {name: now[name] for name in ("compile", "cudagraphs")}

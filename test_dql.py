@@ -33,7 +33,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -588,6 +588,36 @@ def test_a_stopped_run_goes_on_exactly(
     assert dql.train(Args(resume=stopped, device="cpu")) == json.loads(json.dumps(summary))
     assert "is finished" in capsys.readouterr().out
     assert before == times_of_change(stopped)
+
+
+@run_wanted
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_a_run_given_more_updates_is_the_longer_run(num_seeds, run_left_alone, capsys):
+    args, whole = run_left_alone(num_seeds)
+    short = Path(dql.train(replace(args, num_updates=12))["folder"])
+    assert dql.train(Args(resume=short, num_updates=24, device="cpu"))["num_updates"] == 24
+    assert_same_end(whole, short)
+    for folder in (short, *run_folder.seed_folders(args, short)):
+        assert command_line.read_args(folder).num_updates == 24
+    capsys.readouterr()
+    dql.train(Args(resume=short, device="cpu"))
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(BadInput, match=r"leave out --num-updates 20 \(the run's: 24\)"):
+        dql.train(Args(resume=short, num_updates=20, device="cpu"))
+    with pytest.raises(BadInput, match="it must be at least 1 and below"):
+        dql.train(Args(resume=short, num_updates=2**31, device="cpu"))
+
+
+@run_wanted
+def test_the_end_of_a_decay_does_not_move(tmp_path):
+    folder = Path(dql.train(tiny_args(tmp_path, num_updates=2, lr_decay=True))["folder"])
+    with pytest.raises(BadInput, match="leave out --num-updates 4"):
+        dql.train(Args(resume=folder, num_updates=4, device="cpu"))
+    (folder / "summary.json").unlink()
+    args = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(args | {"num_updates": 4}))
+    with pytest.raises(BadInput, match=r"not of the run of its args\.json: num_updates differ"):
+        dql.train(Args(resume=folder, device="cpu"))
 
 
 @run_wanted
