@@ -1,13 +1,14 @@
 """How dql.py's losses and acting are compiled, and what carries out their matrix products on a CPU.
 
-A pass over each compiled graph, forward and backward alike, mends two weaknesses of PyTorch's float32 products on x86,
-which are MKL's; mathematics and dql.py's text stay as they are. A product with a bias first copies that into every row
-of its result: here the kernel that reads the result adds it. And on AMD's processors MKL keeps to AVX2: where they have
-AVX-512 the products are oneDNN's, in PyTorch too, which takes it and then needs half the time for a layer of 256 x 256
-(on Intel's, where MKL takes it as well, it needs a tenth more). Which of the two is chosen is a matter of the
+On x86 a pass over each compiled graph, forward and backward alike, mends two weaknesses of PyTorch's products, which
+are MKL's; mathematics and dql.py's text stay as they are. A product with a bias first copies that into every row of its
+result: here the kernel that reads the result adds it. And on AMD's processors MKL keeps to AVX2: where they have
+AVX-512 float32 products are oneDNN's, in PyTorch too, which takes it and then needs half the time for a layer of
+256 x 256. On Intel's MKL takes AVX-512 as well, and is the faster. Which of the two is chosen is a matter of the
 processor, never of a measurement: a resumed run has the same bits.
 """
 
+import copy
 import functools
 import platform
 from collections.abc import Callable
@@ -22,7 +23,7 @@ THIN = 32  # a product with a dimension below gains nothing: measured with batch
 
 def compiled(function: Callable, device: torch.device) -> Callable:
     """function, compiled whole for the shapes it is called with, and so its gradient."""
-    options = {"post_grad_custom_post_pass": FASTER_PRODUCTS} if device.type == "cpu" else {}
+    options = {"post_grad_custom_post_pass": FASTER_PRODUCTS} if device.type == "cpu" and vendor() != "other" else {}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
@@ -62,7 +63,7 @@ class FasterProducts(CustomGraphPass):
             elif bias is not None:
                 with graph.inserting_before(node):
                     mm = graph.call_function(torch.ops.aten.mm.default, (x, w))
-                mm.meta["val"] = node.meta["val"]
+                mm.meta = copy.copy(node.meta)
                 node.target, node.args = torch.ops.aten.add.Tensor, (mm, bias)
 
 

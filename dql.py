@@ -247,7 +247,7 @@ class MishFunction(torch.autograd.Function):
 class Mish(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler fuses this, and its gradient, by itself
-            r = torch.reciprocal(1 + torch.sigmoid(-x).square())  # d = (1 + e^x)^2 + 1, so x - 2x / d = x (2r - 1)
+            r = torch.reciprocal(1 + torch.sigmoid(-x).square())  # as d = (1 + e^x)^2 + 1, x - 2x / d = x (2r - 1)
             return x * (2 * r - 1)
         return MishFunction.apply(x)[0]
 
