@@ -140,7 +140,9 @@ def refuse_others(given: Args, saved: Args, names: list[str]) -> None:
         and not (name == "num_updates" and may_grow(saved.num_updates, given.num_updates, saved.lr_decay))
     ]
     if differ:
-        raise BadInput(f"a resumed run keeps its arguments; leave out {', '.join(differ)}")
+        flags = ", ".join(differ)
+        but = " (updates may only grow in number, and not with --lr-decay)" * ("--num-updates" in flags)
+        raise BadInput(f"a resumed run keeps its arguments; leave out {flags}{but}")
 
 
 def may_grow(num_updates: object, more: object, lr_decay: bool) -> bool:

@@ -622,6 +622,8 @@ def load_policy(folder: str | Path, seed: int = 0, device: str = "auto") -> Call
 
     def policy(states):
         x = torch.as_tensor(states, dtype=torch.float32, device=agent.device)
+        if x.shape[-1:] != (task.state_dim,):
+            raise ValueError(f"states of {args.env_id} have {task.state_dim} numbers each, not shape {tuple(x.shape)}")
         rows = x.reshape(-1, task.state_dim)
         actions = agent.act(rows, agent.draw_act(len(rows), generator)).reshape(*x.shape[:-1], task.action_dim)
         return actions if isinstance(states, Tensor) else actions.cpu().numpy()

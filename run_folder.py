@@ -589,7 +589,8 @@ def summarize(args: Args, folder: Path, history: list[list[dict]], device: torch
 def report(summary: dict) -> str:
     """A summary's scores to read, and where the run's folder is."""
     seeds = summary.get("num_seeds", 1)
-    lines = [f"{summary['env_id']}, seed {summary['seed']}, {summary['num_updates']} updates, normalized score:"]
+    last = f"-{summary['seed'] + seeds - 1}" * (seeds > 1)
+    lines = [f"{summary['env_id']}, seed {summary['seed']}{last}, {summary['num_updates']} updates, normalized score:"]
     for name in ("last", "best", "offline"):
         it = summary[name]
         of = f"{seeds} seeds" if seeds > 1 else f"{it['episodes']} episodes, update {it['step']}"

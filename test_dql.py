@@ -615,7 +615,7 @@ def test_a_run_given_more_updates_is_the_longer_run(num_seeds, run_left_alone, c
 @run_wanted
 def test_the_end_of_a_decay_does_not_move(tmp_path):
     folder = Path(dql.train(tiny_args(tmp_path, num_updates=2, lr_decay=True))["folder"])
-    with pytest.raises(BadInput, match="leave out --num-updates 4"):
+    with pytest.raises(BadInput, match=r"leave out --num-updates 4 .* not with --lr-decay"):
         dql.train(Args(resume=folder, num_updates=4, device="cpu"))
     (folder / "summary.json").unlink()
     args = json.loads((folder / "args.json").read_text())
@@ -887,6 +887,9 @@ def test_load_policy(tmp_path):
     np.testing.assert_array_equal(actions, again(states))
     assert policy(states[0]).shape == (3,)
     assert torch.is_tensor(policy(torch.as_tensor(states))) and policy(torch.as_tensor(states)).shape == (5, 3)
+    for wrong in (np.zeros(22), np.zeros((11, 2)), 0.0):  # of 22 numbers two states could be made
+        with pytest.raises(ValueError, match="have 11 numbers each"):
+            policy(wrong)
 
 
 def test_offline_selection_takes_the_ranked_evaluation():
