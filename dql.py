@@ -579,14 +579,16 @@ def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -
 # ----------------------------------------------------------------------------- evaluation
 
 
-def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: list[int], device: torch.device) -> np.ndarray:
+def evaluate(act: Callable, envs: list, seeds: list[int], device: torch.device, check=lambda: None) -> np.ndarray:
     """Returns (E,) of one episode in each of E environments, side by side: one batch of actions (E, A) a time step.
 
     act is given the states (E, S) of all, ended ones too: so its shapes, and what it draws for whom, never change.
+    check is called before each time step, and may raise.
     """
     states = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
     returns, running = np.zeros(len(envs)), set(range(len(envs)))
     while running:
+        check()
         actions = act(torch.as_tensor(states, dtype=torch.get_default_dtype(), device=device)).cpu().numpy()
         for k in list(running):
             states[k], reward, terminated, truncated, _ = envs[k].step(actions[k])
@@ -596,7 +598,7 @@ def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: list[int], devi
     return returns
 
 
-def evaluate_seeds(args: Args, act: Callable, envs: list, generators: list[torch.Generator], step: int) -> np.ndarray:
+def evaluate_seeds(args: Args, act: Callable, envs: list, generators: list, step: int, check: Callable) -> np.ndarray:
     """Normalized scores (K, E) of E episodes for each of K seeds, from generators that serve act and nothing else.
 
     Their noise is of seed and step alone: an evaluation changes nothing that training draws.
@@ -605,7 +607,7 @@ def evaluate_seeds(args: Args, act: Callable, envs: list, generators: list[torch
     for seed, generator in zip(seeds, generators, strict=True):
         generator.manual_seed(seed * 1_000_003 + step)
     env_seeds = [seed + 100 + k for seed in seeds for k in range(args.eval_episodes)]
-    returns = evaluate(act, envs, env_seeds, generators[0].device)
+    returns = evaluate(act, envs, env_seeds, generators[0].device, check)
     return normalized_score(args.env_id, returns).reshape(len(seeds), -1)
 
 
@@ -653,11 +655,9 @@ def train(args: Args) -> dict:
 
 def run(args: Args) -> dict:
     """A new run, or the rest of one that is resumed."""
-    from tqdm import tqdm
-
     import fast_sampler
 
-    device, paper = choose_device(args.device), SETTINGS[args.env_id].paper
+    device = choose_device(args.device)
     args = fast_sampler.choose_path(args, device)
     data = load_dataset(args.env_id, args.dataset_path, args.env_backend)
     dataset = make_batch(data, args.reward, device)
@@ -680,56 +680,67 @@ def run(args: Args) -> dict:
     path = f"{'compiled' if args.compile else 'eager'}{' and captured' * args.cudagraphs}"
     print(f"{folder}: {len(dataset.state):,} transitions, updates {now.step:,} to {args.num_updates:,} "
           f"of {len(seeds)} seed(s) on {device}, {path}")  # fmt: skip
+
+    def score(check: Callable[[], None]) -> np.ndarray:
+        return evaluate_seeds(args, act, envs, eval_generators, now.step, check)
+
     with nullcontext() if args.resume else run_folder.only_writer(folder):
         if args.compile:  # now, and not where a signal would have to wait for it
             with fast_sampler.unchanged(agents, generators):
                 updates(1)
                 act(torch.zeros(len(envs), agents[0].state_dim, device=device))
         warn = run_folder.q_alarm(dataset.reward, args)
-        bar = tqdm(total=args.num_updates, initial=now.step, mininterval=0.5 if sys.stderr.isatty() else 60)
-
-        def keep() -> None:
-            states = fast_sampler.states_of(agents, len(seeds))
-            run_folder.check_health(folder, args, states, now)
-            run_folder.save(args, folder, states, generators, now)
-
-        def act_or_stop(states: Tensor) -> Tensor:
-            check_signals()
-            return act(states)
-
-        logs = run_folder.open_logs(args, folder, now.last_row())
-        with bar, logs as writers, run_folder.held_signals() as check_signals:
-            try:
-                while now.last_row() < args.num_updates:
-                    row_at = now.next_row(args)
-                    while now.step < row_at:
-                        n = now.advance(updates, row_at, 10 if args.cudagraphs else 1)
-                        bar.update(n)
-                        check_signals()
-                        if now.step % args.checkpoint_every < n:
-                            keep()
-                    run_folder.check_health(folder, args, fast_sampler.states_of(agents, len(seeds)), now)
-                    rows = now.end_row()
-                    warn(rows)
-                    evaluated = now.step == args.num_updates or now.step % args.eval_every == 0
-                    if evaluated:
-                        scores = evaluate_seeds(args, act_or_stop, envs, eval_generators, now.step)
-                        for row, score in zip(rows, scores, strict=True):
-                            row |= {"score": float(score.mean()), "score_std": float(score.std())}
-                        bar.set_postfix(score=f"{scores.mean():.1f}")
-                    now.add_row(rows)
-                    run_folder.log(args, folder, now.history, writers, paper)
-                    if evaluated:
-                        keep()
-                    check_signals()
-            except Stopped as stopped:
-                keep()
-                where = f"stopped at update {now.step:,} of {args.num_updates:,}; to go on: --resume {folder}"
-                raise Stopped(stopped.signum, where) from None
-        summary = run_folder.summarize(args, folder, now.history, device, paper)
+        learn(args, folder, now, agents, generators, updates, score, warn)
+        summary = run_folder.summarize(args, folder, now.history, device, SETTINGS[args.env_id].paper)
     if video_env:
         record_video(args, folder, video_env)
     return summary
+
+
+def learn(args: Args, folder: Path, now: Progress, agents: list, generators: list, updates: Callable, score: Callable,
+          warn: Callable) -> None:  # fmt: skip
+    """From where the run is now to its last update: rows of metrics.csv, evaluations, checkpoints.
+
+    updates(n) is of `make_steps`, score(check) evaluates, (K, E), and calls check often, warn looks at rows. Raises
+    Stopped where a signal came, after a checkpoint, and Diverged.
+    """
+    from tqdm import tqdm
+
+    import fast_sampler
+
+    def states() -> list[dict]:
+        return fast_sampler.states_of(agents, args.num_seeds)
+
+    bar = tqdm(total=args.num_updates, initial=now.step, mininterval=0.5 if sys.stderr.isatty() else 60)
+    logs = run_folder.open_logs(args, folder, now.last_row())
+    with bar, logs as writers, run_folder.held_signals() as check_signals:
+        try:
+            while now.last_row() < args.num_updates:
+                row_at = now.next_row(args)
+                while now.step < row_at:
+                    n = now.advance(updates, row_at, 10 if args.cudagraphs else 1)
+                    bar.update(n)
+                    check_signals()
+                    if now.step % args.checkpoint_every < n:
+                        run_folder.save(args, folder, states(), generators, now)
+                run_folder.check_health(folder, args, states(), now)
+                rows = now.end_row()
+                warn(rows)
+                evaluated = now.step == args.num_updates or now.step % args.eval_every == 0
+                if evaluated:
+                    scores = score(check_signals)
+                    for row, of_seed in zip(rows, scores, strict=True):
+                        row |= {"score": float(of_seed.mean()), "score_std": float(of_seed.std())}
+                    bar.set_postfix(score=f"{scores.mean():.1f}")
+                now.add_row(rows)
+                run_folder.log(args, folder, now.history, writers, SETTINGS[args.env_id].paper)
+                if evaluated:
+                    run_folder.save(args, folder, states(), generators, now)
+                check_signals()
+        except Stopped as stopped:
+            run_folder.save(args, folder, states(), generators, now)
+            where = f"stopped at update {now.step:,} of {args.num_updates:,}; to go on: --resume {folder}"
+            raise Stopped(stopped.signum, where) from None
 
 
 def record_video(args: Args, folder: Path, video_env) -> None:

@@ -548,7 +548,8 @@ def log(args: Args, folder: Path, history: list[list[dict]], writers: list, pape
 
 
 def save(args: Args, folder: Path, agents: list[dict], generators: list, now: Progress) -> None:
-    """The checkpoint of each seed, for itself; then that of all, from which a run goes on."""
+    """The checkpoint of each seed, for itself; then that of all, from which a run goes on. Raises Diverged."""
+    check_health(folder, args, agents, now)
     now.kept = now.step
     states = [generator.get_state() for generator in generators]
     common = {"versions": versions(), "device": generators[0].device.type}
