@@ -494,7 +494,8 @@ def versions() -> dict[str, str | int]:
     found["instructions"] = instructions()
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
-    for package in ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "gym", "d4rl", "free-mujoco-py"):
+    found["torch"] = str(torch.__version__)  # with its build, which the package's version does not tell
+    for package in ("numpy", "gymnasium", "gymnasium-robotics", "mujoco", "gym", "d4rl", "free-mujoco-py"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
