@@ -45,9 +45,13 @@ def parse(argv: list[str]) -> Args:
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = " ".join(re.sub(r"[\u2500-\u257f]", " ", complaint.getvalue()).split())
-        text = re.split(r"Argument helptext|For full helptext", words)[0].strip()
-        raise BadInput(f"{text} (python dql.py --help lists the flags)") from None
+        raise BadInput(f"{as_line(complaint.getvalue())} (python dql.py --help lists the flags)") from None
+
+
+def as_line(complaint: str) -> str:
+    """tyro's boxed complaint as one line, without its title and the flag's help."""
+    text = re.sub(r"^\u256d.*$|[\u2500-\u257f]", " ", complaint, flags=re.M)
+    return re.split(r"Got errors|Argument helptext|For full helptext", " ".join(text.split()))[0].strip()
 
 
 def check_ranges(args: Args) -> None:

@@ -1394,6 +1394,14 @@ def test_flags_that_may_be_none_need_no_value():
     assert command_line.parse([]).compile is None
 
 
+def test_a_complaint_is_one_short_line():
+    for words, line in ((["--num-updates", "x"], "Error parsing --num-updates: no type matching .* from \\['x'\\]\\."),
+                        (["--schedule", "x"], "invalid choice 'x' for argument '--schedule'\\. Expected one of .*"),
+                        (["--bogus"], "Unrecognized options: --bogus")):  # fmt: skip
+        with pytest.raises(BadInput, match=f"^{line} \\(python dql.py --help lists the flags\\)$"):
+            command_line.parse(words)
+
+
 # ----------------------------------------------------------------- bad input
 
 

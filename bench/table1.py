@@ -375,8 +375,7 @@ def parse(argv: list[str]) -> tuple[Args, list[str]]:
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = " ".join(re.sub(r"[\u2500-\u257f]", " ", complaint.getvalue()).split())
-        raise BadInput(re.split(r"Argument helptext|For full helptext", text)[0].strip()) from None
+        raise BadInput(command_line.as_line(complaint.getvalue())) from None
     if args.quick:
         return replace(args, tasks=["halfcheetah-demo-v0"], seeds=2), [*QUICK, *words]
     for name in ("seeds", "jobs_per_device"):
