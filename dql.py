@@ -42,6 +42,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -579,7 +580,8 @@ def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -
 # ----------------------------------------------------------------------------- evaluation
 
 
-def evaluate(act: Callable, envs: list, seeds: list[int], device: torch.device, check=lambda: None) -> np.ndarray:
+def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: list[int], device: torch.device,
+             check: Callable[[], None] = lambda: None) -> np.ndarray:  # fmt: skip
     """Returns (E,) of one episode in each of E environments, side by side: one batch of actions (E, A) a time step.
 
     act is given the states (E, S) of all, ended ones too: so its shapes, and what it draws for whom, never change.
@@ -598,10 +600,11 @@ def evaluate(act: Callable, envs: list, seeds: list[int], device: torch.device, 
     return returns
 
 
-def evaluate_seeds(args: Args, act: Callable, envs: list, generators: list, step: int, check: Callable) -> np.ndarray:
+def evaluate_seeds(args: Args, act: Callable[[Tensor], Tensor], envs: list, generators: list[torch.Generator],
+                   step: int, check: Callable[[], None]) -> np.ndarray:  # fmt: skip
     """Normalized scores (K, E) of E episodes for each of K seeds, from generators that serve act and nothing else.
 
-    Their noise is of seed and step alone: an evaluation changes nothing that training draws.
+    Their noise is of seed and step alone: an evaluation changes nothing that training draws. check: as in `evaluate`.
     """
     seeds = range(args.seed, args.seed + args.num_seeds)
     for seed, generator in zip(seeds, generators, strict=True):
@@ -681,28 +684,27 @@ def run(args: Args) -> dict:
     print(f"{folder}: {len(dataset.state):,} transitions, updates {now.step:,} to {args.num_updates:,} "
           f"of {len(seeds)} seed(s) on {device}, {path}")  # fmt: skip
 
-    def score(check: Callable[[], None]) -> np.ndarray:
-        return evaluate_seeds(args, act, envs, eval_generators, now.step, check)
-
     with nullcontext() if args.resume else run_folder.only_writer(folder):
         if args.compile:  # now, and not where a signal would have to wait for it
             with fast_sampler.unchanged(agents, generators):
                 updates(1)
                 act(torch.zeros(len(envs), agents[0].state_dim, device=device))
+        score = partial(evaluate_seeds, args, act, envs, eval_generators)
         warn = run_folder.q_alarm(dataset.reward, args)
-        learn(args, folder, now, agents, generators, updates, score, warn)
+        run_loop(args, folder, now, agents, generators, updates, score, warn)
         summary = run_folder.summarize(args, folder, now.history, device, SETTINGS[args.env_id].paper)
     if video_env:
         record_video(args, folder, video_env)
     return summary
 
 
-def learn(args: Args, folder: Path, now: Progress, agents: list, generators: list, updates: Callable, score: Callable,
-          warn: Callable) -> None:  # fmt: skip
+def run_loop(args: Args, folder: Path, now: Progress, agents: list[DiffusionQL], generators: list[torch.Generator],
+             updates: Callable[[int], Tensor], score: Callable[[int, Callable], np.ndarray],
+             warn: Callable[[list[dict]], None]) -> None:  # fmt: skip
     """From where the run is now to its last update: rows of metrics.csv, evaluations, checkpoints.
 
-    updates(n) is of `make_steps`, score(check) evaluates, (K, E), and calls check often, warn looks at rows. Raises
-    Stopped where a signal came, after a checkpoint, and Diverged.
+    agents and updates are what `make_steps` gave, generators one for each seed; score(step, check) is `evaluate_seeds`,
+    warn is shown each row. Raises Stopped where a signal came, after a checkpoint; Diverged; BadInput on a full disk.
     """
     from tqdm import tqdm
 
@@ -710,6 +712,9 @@ def learn(args: Args, folder: Path, now: Progress, agents: list, generators: lis
 
     def states() -> list[dict]:
         return fast_sampler.states_of(agents, args.num_seeds)
+
+    def keep() -> None:
+        run_folder.save(args, folder, states(), generators, now)
 
     bar = tqdm(total=args.num_updates, initial=now.step, mininterval=0.5 if sys.stderr.isatty() else 60)
     logs = run_folder.open_logs(args, folder, now.last_row())
@@ -722,23 +727,23 @@ def learn(args: Args, folder: Path, now: Progress, agents: list, generators: lis
                     bar.update(n)
                     check_signals()
                     if now.step % args.checkpoint_every < n:
-                        run_folder.save(args, folder, states(), generators, now)
+                        keep()
                 run_folder.check_health(folder, args, states(), now)
                 rows = now.end_row()
                 warn(rows)
                 evaluated = now.step == args.num_updates or now.step % args.eval_every == 0
                 if evaluated:
-                    scores = score(check_signals)
+                    scores = score(now.step, check_signals)
                     for row, of_seed in zip(rows, scores, strict=True):
                         row |= {"score": float(of_seed.mean()), "score_std": float(of_seed.std())}
                     bar.set_postfix(score=f"{scores.mean():.1f}")
                 now.add_row(rows)
                 run_folder.log(args, folder, now.history, writers, SETTINGS[args.env_id].paper)
                 if evaluated:
-                    run_folder.save(args, folder, states(), generators, now)
+                    keep()
                 check_signals()
         except Stopped as stopped:
-            run_folder.save(args, folder, states(), generators, now)
+            keep()
             where = f"stopped at update {now.step:,} of {args.num_updates:,}; to go on: --resume {folder}"
             raise Stopped(stopped.signum, where) from None
 

@@ -494,7 +494,7 @@ def versions() -> dict[str, str | int]:
     found["instructions"] = instructions()
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
-    found["torch"] = str(torch.__version__)  # with its build, which the package's version does not tell
+    found["torch"] = str(torch.__version__)  # with its build, which the metadata of PyPI's wheels leave out
     for package in ("numpy", "gymnasium", "gymnasium-robotics", "mujoco", "gym", "d4rl", "free-mujoco-py"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
@@ -548,17 +548,20 @@ def log(args: Args, folder: Path, history: list[list[dict]], writers: list, pape
             write_whole(path / "curve.png", lambda path, rows=rows, own=own: write_curve(path, rows, own, paper))
 
 
-def save(args: Args, folder: Path, agents: list[dict], generators: list, now: Progress) -> None:
-    """The checkpoint of each seed, for itself; then that of all, from which a run goes on. Raises Diverged."""
-    check_health(folder, args, agents, now)
+def save(args: Args, folder: Path, states: list[dict], generators: list, now: Progress) -> None:
+    """The checkpoint of each seed, for itself; then that of all, from which a run goes on.
+
+    states are those of the seeds' agents. Raises Diverged before anything is written, BadInput where it cannot be.
+    """
+    check_health(folder, args, states, now)
     now.kept = now.step
-    states = [generator.get_state() for generator in generators]
+    numbers = [generator.get_state() for generator in generators]
     common = {"versions": versions(), "device": generators[0].device.type}
-    whole = {"agents": agents, "generators": states, "progress": vars(now), "args": as_json(args)}
+    whole = {"agents": states, "generators": numbers, "progress": vars(now), "args": as_json(args)}
     for k, path in enumerate(seed_folders(args, folder) if args.num_seeds > 1 else []):
         progress = vars(now) | {"sums": now.sums[k : k + 1].clone(), "history": now.history[k : k + 1]}
         own = as_json(replace(args, seed=args.seed + k, num_seeds=1))
-        one = {"agents": agents[k : k + 1], "generators": states[k : k + 1], "progress": progress, "args": own}
+        one = {"agents": states[k : k + 1], "generators": numbers[k : k + 1], "progress": progress, "args": own}
         write_torch(path / "checkpoint.pt", one | common)
     write_torch(folder / "checkpoint.pt", whole | common)
 
