@@ -466,6 +466,7 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
 def write_curve(path: Path, rows: list[dict], args: Args, paper: tuple[float, float] | None) -> None:
     """Score (band: one standard deviation over episodes) and losses over updates."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -477,9 +478,14 @@ def write_curve(path: Path, rows: list[dict], args: Args, paper: tuple[float, fl
     left.set(xlabel="updates", ylabel="normalized score", title=f"{args.env_id}, seed {args.seed}")
     left.legend()
     for name in ("critic_loss", "bc_loss", "q_loss"):
-        right.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
-    right.set(xlabel="updates", yscale="symlog", title="losses")
+        if any(r[name] for r in rows):  # cloning has the second alone
+            right.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
+    right.set(xlabel="updates", title="losses")
+    right.set_yscale("symlog", linthresh=1e-3)
     right.legend()
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     figure.savefig(path)
     del figure, left, right
     gc.collect()  # a figure is in cycles, and its picture of megabytes would wait for the collector
