@@ -130,7 +130,7 @@ class Args:
     eval_temperature: float = 1.0
     """temperature of that choice; 0 takes the best"""
     eval_average: bool = False
-    """act with the policy's average"""
+    """act with the policy's average, which stays as it began for the first --average-from updates"""
     offline_rank: int | None = None
     """offline selection: the evaluation with the (rank + 1)-th lowest denoising loss"""
     log_every: int = 1000
@@ -652,7 +652,7 @@ def train(args: Args) -> dict:
             if args.capture_video and not any(args.resume.glob("video*")):
                 record_video(args, args.resume, rendering_env(args.env_id, args.env_backend))
             print(f"{args.resume} is finished: nothing is left to do")
-            return summary
+            return summary | {"folder": str(args.resume)}
         return run(args)
 
 
@@ -681,6 +681,7 @@ def run(args: Args) -> dict:
         run_folder.note_length(args)
     folder = args.resume or run_folder.start_folder(args)
     path = f"{'compiled' if args.compile else 'eager'}{' and captured' * args.cudagraphs}"
+    path += " (compiling takes a minute or two)" * args.compile
     print(f"{folder}: {len(dataset.state):,} transitions, updates {now.step:,} to {args.num_updates:,} "
           f"of {len(seeds)} seed(s) on {device}, {path}")  # fmt: skip
 
