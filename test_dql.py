@@ -592,6 +592,8 @@ def test_a_stopped_run_goes_on_exactly(
     assert dql.train(Args(resume=stopped, device="cpu")) == json.loads(json.dumps(summary))
     assert "is finished" in capsys.readouterr().out
     assert before == times_of_change(stopped)
+    copied = shutil.copytree(stopped, stopped.with_name("copied"))
+    assert dql.train(Args(resume=copied, device="cpu"))["folder"] == str(copied)
 
 
 @run_wanted
