@@ -571,7 +571,7 @@ def times_of_change(folder: Path) -> dict[Path, int]:
     (run_folder, "log", 4, 15, signal.SIGTERM),
 ])  # fmt: skip
 def test_a_stopped_run_goes_on_exactly(
-    num_seeds, module, name, count, step, signum, run_left_alone, interruptible, monkeypatch, capsys
+    num_seeds, module, name, count, step, signum, run_left_alone, interruptible, monkeypatch, capsys, tmp_path
 ):
     """A signal in an update, in an evaluation and in a log: a checkpoint, one line, and the end of a run left alone."""
     args, whole = run_left_alone(num_seeds)
@@ -592,7 +592,7 @@ def test_a_stopped_run_goes_on_exactly(
     assert dql.train(Args(resume=stopped, device="cpu")) == json.loads(json.dumps(summary))
     assert "is finished" in capsys.readouterr().out
     assert before == times_of_change(stopped)
-    copied = shutil.copytree(stopped, stopped.with_name("copied"))
+    copied = shutil.copytree(stopped, tmp_path / "copied")
     assert dql.train(Args(resume=copied, device="cpu"))["folder"] == str(copied)
 
 
