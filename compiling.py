@@ -1,7 +1,8 @@
 """How dql.py's losses and acting are compiled, and what carries out their matrix products on a CPU.
 
-On x86 a pass over each compiled graph, forward and backward alike, mends two weaknesses of PyTorch's products, which
-are MKL's; mathematics and dql.py's text stay as they are. A product with a bias first copies that into every row of its
+On x86 passes over the compiled graphs mend three weaknesses; mathematics and dql.py's text stay as they are. The
+gradient of Mish would take its exponential again, which costs more there than to keep it. The others are of PyTorch's
+products, which are MKL's, forward and backward. A product with a bias first copies that into every row of its
 result: here the kernel that reads the result adds it. And on AMD's processors MKL keeps to AVX2: where they have
 AVX-512 float32 products are oneDNN's, in PyTorch too, which takes it and then needs half the time for a layer of
 256 x 256. On Intel's MKL takes AVX-512 as well, and is the faster. Which of the two is chosen is a matter of the
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.utils.checkpoint import CheckpointPolicy
 
 THIN = 32  # a product with a dimension below gains nothing: measured with batches of 50 to 500
 
@@ -25,8 +27,9 @@ def compiled(function: Callable, device: torch.device) -> Callable:
     """function, compiled whole for the shapes it is called with, and so its gradient."""
     options = {}
     if device.type == "cpu" and vendor() != "other":
-        # one C++ file for all kernels of a graph and for what calls them: half the time to compile, no Python between
-        options = {"post_grad_custom_post_pass": FASTER_PRODUCTS, "cpp_wrapper": True}
+        options = {"joint_custom_post_pass": KEPT_EXPONENTIALS, "post_grad_custom_post_pass": FASTER_PRODUCTS}
+        # one C++ file for a graph's kernels and what calls them: half the time to compile (2.11's at times does not)
+        options["cpp_wrapper"] = torch.__version__ >= (2, 13)
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
@@ -41,6 +44,17 @@ def vendor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     name = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
     return "AMD" if "AuthenticAMD" in name else "Intel" if "GenuineIntel" in name else "other"
+
+
+class KeptExponentials(CustomGraphPass):
+    """Saves every sigmoid of a forward pass for the backward one, in the graph of both before it is parted."""
+
+    def uuid(self) -> object:
+        return get_hash_for_files((__file__,))
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sigmoid.default):
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 class FasterProducts(CustomGraphPass):
@@ -70,7 +84,8 @@ class FasterProducts(CustomGraphPass):
                 node.target, node.args = torch.ops.aten.add.Tensor, (mm, bias)
 
 
-FASTER_PRODUCTS = FasterProducts()  # one, or the code compiled for one agent would not serve the next
+# one of each, or the code compiled for one agent would not serve the next
+KEPT_EXPONENTIALS, FASTER_PRODUCTS = KeptExponentials(), FasterProducts()
 
 
 def suits_onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:

@@ -1104,6 +1104,24 @@ def nothing_compiled():
     torch.compiler.reset()
 
 
+@can_compile
+def test_gradient_of_mish_takes_no_exponential_again(monkeypatch, nothing_compiled):
+    sigmoids = []
+
+    class Counting(compiling.FasterProducts):
+        def uuid(self) -> object:
+            return os.urandom(8)  # or a graph from torch's cache would pass it by
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            sigmoids.append(len(graph.find_nodes(op="call_function", target=torch.ops.aten.sigmoid.default)))
+
+    monkeypatch.setattr(compiling, "vendor", lambda: "Intel")
+    monkeypatch.setattr(compiling, "FASTER_PRODUCTS", Counting())
+    loss = compiling.compiled(lambda x, w: dql.Mish()(dql.Mish()(x) @ w).sum(), torch.device("cpu"))
+    loss(torch.randn(4, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)).backward()
+    assert sigmoids == [2, 0]
+
+
 @onednn_wanted
 @can_compile
 @pytest.mark.parametrize("processor", ["AMD AVX512", "Intel AVX512"])
