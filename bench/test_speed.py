@@ -13,6 +13,7 @@ replica is one more agent, on a GPU updated in the same step, on a CPU in turn. 
 the timed region.
 """
 
+import itertools
 import os
 import sys
 import time
@@ -260,13 +261,19 @@ def test_four_agents_beside_one(benchmark, capsys) -> None:
         print(f"\nas many updates of one agent take {ratio}")
 
 
-@pytest.mark.benchmark(group="products: what compiling.py makes of them, beside others")
-@pytest.mark.skipif(ON_GPU, reason="it changes a CPU's products alone")
-@pytest.mark.parametrize("work", ["update", "act 10"])
-@pytest.mark.parametrize("other_library", [False, True], ids=["no pass", "the other library"])
-def test_products(benchmark, monkeypatch, work, other_library, capsys) -> None:
-    """The same compiled work without compiling.py's pass, or with oneDNN where it takes MKL or the other way round."""
-    if other_library and torch.backends.cpu.get_cpu_capability() != "AVX512":
+@pytest.mark.benchmark(group="compiling.py: what it makes of products and exponentials, beside others")
+@pytest.mark.skipif(ON_GPU, reason="it changes what a CPU compiles alone")
+@pytest.mark.parametrize(
+    "other, work",
+    [
+        *itertools.product(["products as they are", "the other library"], ["update", "act 10"]),
+        ("exponentials taken again", "update"),
+    ],
+)
+def test_compiling(benchmark, monkeypatch, other, work, capsys) -> None:
+    """The same compiled work without one of compiling.py's passes, or with oneDNN where it takes MKL, or the other way
+    round."""
+    if other == "the other library" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("no CPU with AVX-512")
 
     def build() -> Callable:
@@ -277,14 +284,17 @@ def test_products(benchmark, monkeypatch, work, other_library, capsys) -> None:
 
     ours = build()
     ours()
-    # a new pass, or what was compiled with the old one would serve again
-    monkeypatch.setattr(compiling, "FASTER_PRODUCTS", compiling.FasterProducts() if other_library else None)
-    if other_library:
-        other = "Intel AVX512" if compiling.instructions() == "AMD AVX512" else "AMD AVX512"
-        monkeypatch.setattr(compiling, "instructions", lambda: other)
+    if other == "the other library":
+        library = "Intel AVX512" if compiling.instructions() == "AMD AVX512" else "AMD AVX512"
+        monkeypatch.setattr(compiling, "instructions", lambda: library)
+        # a new pass, or what was compiled with the old one would serve again
+        monkeypatch.setattr(compiling, "FASTER_PRODUCTS", compiling.FasterProducts())
+    else:
+        name = "FASTER_PRODUCTS" if other == "products as they are" else "KEPT_EXPONENTIALS"
+        monkeypatch.setattr(compiling, name, None)
     ratio = in_turns(benchmark, ours, build(), rounds=15)
     with capsys.disabled():
-        print(f"\n{work}: with {'the library not chosen' if other_library else 'no pass'} it takes {ratio}")
+        print(f"\n{work}: with {other} it takes {ratio}")
 
 
 # ----------------------------------------------------------------------------- what an update is made of
