@@ -1510,7 +1510,7 @@ def bad_input(call, *words):
 # ----------------------------------------------------------------- hostile files
 
 WORKER = """
-import contextlib, hashlib, io, json, pathlib, re, resource, signal, sys, warnings
+import contextlib, gc, hashlib, io, json, pathlib, re, resource, signal, sys, warnings
 import numpy as np
 import d4rl_tasks
 warnings.simplefilter("ignore")
@@ -1538,6 +1538,7 @@ for line in sys.stdin:
         except BaseException as error:
             answer = "traceback", repr(error)
     signal.alarm(0)
+    gc.collect()  # what earlier files left in cycles of references is not this one's
     peak = re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())  # ru_maxrss begins at pytest's
     print(json.dumps([*answer, int(peak[1]) * 1024]), flush=True)
 """
