@@ -76,7 +76,7 @@ class Args:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto is cuda where there is one"""
     compile: bool | None = None
-    """torch.compile the losses and their gradients: about a minute at the start. None: where the run is long enough"""
+    """torch.compile losses and gradients: a minute or more at the start. None: where the run is long enough"""
     cudagraphs: bool | None = None
     """capture the whole update, and acting, as CUDA graphs. None: on a GPU, where the run is not very short"""
     runs_dir: Path = Path("runs")
@@ -681,7 +681,7 @@ def run(args: Args) -> dict:
         run_folder.note_length(args)
     folder = args.resume or run_folder.start_folder(args)
     path = f"{'compiled' if args.compile else 'eager'}{' and captured' * args.cudagraphs}"
-    path += " (compiling takes about a minute)" * args.compile
+    path += " (compiling takes a minute or more)" * args.compile
     print(f"{folder}: {len(dataset.state):,} transitions, updates {now.step:,} to {args.num_updates:,} "
           f"of {len(seeds)} seed(s) on {device}, {path}")  # fmt: skip
 

@@ -261,13 +261,13 @@ def test_four_agents_beside_one(benchmark, capsys) -> None:
         print(f"\nas many updates of one agent take {ratio}")
 
 
-@pytest.mark.benchmark(group="compiling.py: what it makes of products and exponentials, beside others")
+@pytest.mark.benchmark(group="compiling.py: what it makes of products and sigmoids, beside others")
 @pytest.mark.skipif(ON_GPU, reason="it changes what a CPU compiles alone")
 @pytest.mark.parametrize(
     "other, work",
     [
         *itertools.product(["products as they are", "the other library"], ["update", "act 10"]),
-        ("exponentials taken again", "update"),
+        ("sigmoids recomputed", "update"),
     ],
 )
 def test_compiling(benchmark, monkeypatch, other, work, capsys) -> None:
@@ -290,7 +290,7 @@ def test_compiling(benchmark, monkeypatch, other, work, capsys) -> None:
         # a new pass, or what was compiled with the old one would serve again
         monkeypatch.setattr(compiling, "FASTER_PRODUCTS", compiling.FasterProducts())
     else:
-        name = "FASTER_PRODUCTS" if other == "products as they are" else "KEPT_EXPONENTIALS"
+        name = "FASTER_PRODUCTS" if other == "products as they are" else "SAVED_SIGMOIDS"
         monkeypatch.setattr(compiling, name, None)
     ratio = in_turns(benchmark, ours, build(), rounds=15)
     with capsys.disabled():
