@@ -1131,7 +1131,7 @@ def test_what_compiled_graphs_are_left_with(monkeypatch, nothing_compiled):
 @pytest.mark.parametrize("processor", ["AMD AVX512", "Intel AVX512"])
 def test_compiled_float32_updates(processor, monkeypatch, nothing_compiled):
     """Where the CPU is AMD's and has AVX-512, or is said to, all large products of an update and of acting are
-    oneDNN's, elsewhere none; and losses, gradients and actions are those of eager float64: float32's rounding, over some
+    oneDNN's, elsewhere none. Losses, gradients and actions are those of eager float64: float32's rounding, over some
     dozen layers, is far below 1e-4 of the largest entry."""
     monkeypatch.setattr(compiling, "instructions", lambda: processor)
     monkeypatch.setattr(compiling, "vendor", lambda: processor.split()[0])
