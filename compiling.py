@@ -3,11 +3,11 @@
 On x86 passes over the compiled graphs mend three weaknesses; mathematics and dql.py's text stay as they are. The
 gradient of Mish would compute the sigmoid of the forward pass again: it is saved instead, which took less time on an
 EPYC with AVX2 and is not measured elsewhere. The other two are of PyTorch's products, which are MKL's, forward and
-backward alike. A product with a bias first copies that into every row of its
-result: here the kernel that reads the result adds it. And on AMD's processors MKL keeps to AVX2: where they have
-AVX-512 float32 products are oneDNN's, in PyTorch too, which takes it and then needs half the time for a layer of
-256 x 256. On Intel's MKL takes AVX-512 as well, and is the faster. Which of the two is chosen is a matter of the
-processor, never of a measurement: a resumed run has the same bits.
+backward alike. A product with a bias first copies that into every row of its result: here the kernel that reads the
+result adds it. And on AMD's processors MKL keeps to AVX2: where they have AVX-512 float32 products are oneDNN's, in
+PyTorch too, which takes it and then needs half the time for a layer of 256 x 256. On Intel's MKL takes AVX-512 as well,
+and is the faster. Which of the two is chosen is a matter of the processor, never of a measurement: a resumed run has
+the same bits.
 """
 
 import copy
