@@ -1,9 +1,8 @@
-"""How dql.py's losses and acting are compiled, and what carries out their matrix products on a CPU.
+"""How dql.py's losses, gradients and acting are compiled, and what carries out their matrix products on a CPU.
 
-On x86 passes over the compiled graphs mend three weaknesses; mathematics and dql.py's text stay as they are. The
-gradient of Mish would compute the sigmoid of the forward pass again: it is saved instead, which took less time on an
-EPYC with AVX2 and is not measured elsewhere. The other two are of PyTorch's products, which are MKL's, forward and
-backward alike. A product with a bias first copies that into every row of its result: here the kernel that reads the
+A loss and its gradient are one graph: no autograd engine runs, and nothing is computed twice or saved between the two.
+On x86 a pass over the graph mends two weaknesses of PyTorch's products, which are MKL's; mathematics and dql.py's text
+stay as they are. A product with a bias first copies that into every row of its result: here the kernel that reads the
 result adds it. And on AMD's processors MKL keeps to AVX2: where they have AVX-512 float32 products are oneDNN's, in
 PyTorch too, which takes it and then needs half the time for a layer of 256 x 256. On Intel's MKL takes AVX-512 as well,
 and is the faster. Which of the two is chosen is a matter of the processor, never of a measurement: a resumed run has
@@ -19,18 +18,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch.utils.checkpoint import CheckpointPolicy
 
+torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad may be called in what is compiled
 THIN = 32  # a product with a dimension below gains nothing: measured with batches of 50 to 500
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
-    """function, compiled whole for the shapes it is called with, and so its gradient."""
+    """function, compiled whole for the shapes it is called with, with the gradients that it takes."""
     options = {}
     if device.type == "cpu" and vendor() != "other":
-        options = {"joint_custom_post_pass": SAVED_SIGMOIDS, "post_grad_custom_post_pass": FASTER_PRODUCTS}
         # one C++ file for a graph's kernels and their calls takes less time to compile; 2.11's at times is no valid C++
-        options["cpp_wrapper"] = torch.__version__ >= (2, 13)
+        options = {"post_grad_custom_post_pass": FASTER_PRODUCTS, "cpp_wrapper": torch.__version__ >= (2, 13)}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
@@ -45,17 +43,6 @@ def vendor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     name = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
     return "AMD" if "AuthenticAMD" in name else "Intel" if "GenuineIntel" in name else "other"
-
-
-class SavedSigmoids(CustomGraphPass):
-    """Saves every sigmoid of a forward pass for the backward one, in the graph of both before it is parted."""
-
-    def uuid(self) -> object:
-        return get_hash_for_files((__file__,))
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sigmoid.default):
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 class FasterProducts(CustomGraphPass):
@@ -85,8 +72,7 @@ class FasterProducts(CustomGraphPass):
                 node.target, node.args = torch.ops.aten.add.Tensor, (mm, bias)
 
 
-# one of each, or the code compiled for one agent would not serve the next
-SAVED_SIGMOIDS, FASTER_PRODUCTS = SavedSigmoids(), FasterProducts()
+FASTER_PRODUCTS = FasterProducts()  # one for all, or the code compiled for one agent would not serve the next
 
 
 def suits_onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:

@@ -414,11 +414,11 @@ class DiffusionQL:
             self.compile()
 
     def compile(self) -> None:
-        """From now on each loss is one compiled function, so is its gradient, and so is acting."""
+        """From now on each network's loss with its gradient is one compiled function, and so is acting."""
         from compiling import compiled
 
-        self.critic_loss = compiled(self.critic_loss, self.device)
-        self.policy_losses = compiled(self.policy_losses, self.device)
+        self.critic_gradient = compiled(self.critic_gradient, self.device)
+        self.policy_gradient = compiled(self.policy_gradient, self.device)
         self.act = compiled(self.act, self.device)
 
     def adam(self, network: nn.Module, learning_rate: float) -> torch.optim.Adam:
@@ -477,35 +477,39 @@ class DiffusionQL:
         """One iteration of Algorithm 1. Nothing in it waits for the device."""
         if self.args.lr_decay:
             self.decay_learning_rates()
-        no_critics = 3 * (torch.zeros_like(self.eta),)
-        critic_loss, target_q, critic_norm = self.update_critics(batch, draws) if self.has_critics else no_critics
-        bc_loss, q_loss, policy_loss, policy_norm = self.update_policy(batch, draws)
+        critic_norm = critic_loss = target_q = torch.zeros_like(self.eta)
+        if self.has_critics:
+            grads, critic_norm, critic_loss, target_q = self.critic_gradient(batch, draws)
+            descend(self.critic_opt, grads)
+        grads, policy_norm, bc_loss, q_loss, policy_loss = self.policy_gradient(batch, draws)
+        descend(self.policy_opt, grads)
         self.move_averages()
         self.step += 1
         return Losses(critic_loss, bc_loss, q_loss, policy_loss, target_q, critic_norm, policy_norm)
 
-    def update_critics(self, batch: Batch, draws: Draws) -> tuple[Tensor, ...]:
-        """A step down Eq. 4."""
+    def critic_gradient(self, batch: Batch, draws: Draws) -> tuple:
+        """The critics' gradient of Eq. 4, clipped; its norm; what is logged besides."""
         loss, target_q = self.critic_loss(batch, draws.next_noise)
-        return loss.detach(), target_q, self.descend(loss, self.critic, self.critic_opt)
+        return *self.gradient(loss, self.critic), loss.detach(), target_q
 
-    def update_policy(self, batch: Batch, draws: Draws) -> tuple[Tensor, ...]:
-        """A step down Eq. 3, whose denoising part is Eq. 2."""
+    def policy_gradient(self, batch: Batch, draws: Draws) -> tuple:
+        """The policy's gradient of Eq. 3, whose denoising part is Eq. 2, clipped; its norm; what is logged besides."""
         bc, q = self.policy_losses(batch, draws)
         loss = bc + self.eta * q
-        return bc.detach(), q.detach(), loss.detach(), self.descend(loss, self.policy, self.policy_opt)
+        return *self.gradient(loss, self.policy), bc.detach(), q.detach(), loss.detach()
 
-    def descend(self, loss: Tensor, network: nn.Module, optimizer: torch.optim.Adam) -> Tensor:
-        """One step of a network down its loss; the norm of its gradient before clipping."""
-        optimizer.zero_grad()
-        loss.sum().backward()  # of replicas there is a loss each, of none but its own parameters
-        grad_norm = self.clip_gradients(network)
-        optimizer.step()
-        return grad_norm
+    def gradient(self, loss: Tensor, network: nn.Module) -> tuple[list[Tensor], Tensor]:
+        """The gradient of a loss by a network's parameters, clipped, and its norm before."""
+        # of replicas there is a loss each, of none but its own parameters
+        grads = torch.autograd.grad(loss.sum(), list(network.parameters()))
+        return self.clip([grad.contiguous() for grad in grads])  # a fused optimizer takes memory as it comes
 
-    def clip_gradients(self, network: nn.Module) -> Tensor:
-        """Scales a network's gradients to --grad-norm, where they are longer; their norm before."""
-        return nn.utils.clip_grad_norm_(network.parameters(), self.args.grad_norm or math.inf)
+    def clip(self, grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """A gradient, scaled to --grad-norm where it is longer, and its norm before; as clip_grad_norm_ does it."""
+        # on a GPU all norms in few launches; on a CPU one by one, which the compiler fuses with the rest
+        norm = nn.utils.get_total_norm(grads, foreach=self.device.type == "cuda")
+        scale = ((self.args.grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1)
+        return torch._foreach_mul(grads, scale), norm
 
     @torch.no_grad()
     def move_averages(self) -> None:
@@ -513,10 +517,9 @@ class DiffusionQL:
         args = self.args
         moves = (self.step >= args.average_from) & (self.step % args.average_every == 0)
         weight = moves * (1 - args.average_decay)
-        for average, p in zip(self.policy_ema.parameters(), self.policy.parameters(), strict=True):
-            average.lerp_(p, weight.to(p.dtype))
-        for target, p in zip(self.critic_target.parameters(), self.critic.parameters(), strict=True):
-            target.lerp_(p, args.tau)
+        average, policy = list(self.policy_ema.parameters()), list(self.policy.parameters())
+        torch._foreach_lerp_(average, policy, len(policy) * [weight.to(policy[0].dtype)])
+        torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), args.tau)
 
     def decay_learning_rates(self) -> None:
         """Half a cosine, from the full rate at step 0 to 0 after the last update."""
@@ -552,6 +555,13 @@ class DiffusionQL:
     def load_state_dict(self, state: dict) -> None:
         """Into the tensors that are there, which a captured graph reads and writes. Raises where it does not fit."""
         run_folder.fill(self.state_dict(), state)
+
+
+def descend(optimizer: torch.optim.Adam, grads: list[Tensor]) -> None:
+    """One step of an optimizer, given the gradients of its parameters."""
+    for p, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
+        p.grad = grad
+    optimizer.step()
 
 
 def choose_device(name: str) -> torch.device:

@@ -17,6 +17,7 @@ every path equal to the eager one.
 import copy
 import gc
 import importlib.util
+import math
 import os
 import shlex
 import shutil
@@ -162,7 +163,7 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
     act = each(DiffusionQL.act)
     many.critic_loss, many.policy_losses = each(DiffusionQL.critic_loss), each(DiffusionQL.policy_losses)
     many.act = lambda states, draws: act(states.unflatten(0, (K, -1)), draws).flatten(0, 1)
-    many.clip_gradients = lambda network: clip_each(network, one.args.grad_norm)
+    many.clip = lambda grads: clip_each(grads, one.args.grad_norm)
     many.draw_index = lambda rows, generators: torch.stack([one.draw_index(rows, g) for g in generators])
     many.draw = lambda generators: Draws(*map(torch.stack, zip(*map(one.draw, generators), strict=True)))
     many.draw_act = draw_act
@@ -171,15 +172,11 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
     return many
 
 
-def clip_each(network: nn.Module, max_norm: float) -> Tensor:
-    """nn.utils.clip_grad_norm_ for each replica by itself; its norms before, (K,). 0 does not clip."""
-    grads = [p.grad for p in network.parameters()]
+def clip_each(grads: list[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
+    """DiffusionQL.clip for each replica by itself: gradients (K, ...) scaled, and their norms before, (K,)."""
     norm = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]).norm(dim=0)
-    if max_norm:
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1)
-        for grad in grads:
-            grad.mul_(scale.view(-1, *[1] * (grad.dim() - 1)))
-    return norm
+    scale = ((max_norm or math.inf) / (norm + 1e-6)).clamp(max=1)
+    return [grad * scale.view(-1, *[1] * (grad.dim() - 1)) for grad in grads], norm
 
 
 # ----------------------------------------------------------------------------- CUDA graphs

@@ -1106,7 +1106,7 @@ def nothing_compiled():
 
 @can_compile
 def test_what_compiled_graphs_are_left_with(monkeypatch, nothing_compiled):
-    """No product adds a bias, and the backward pass recomputes no sigmoid."""
+    """Loss and gradient are one graph, where no product adds a bias and no sigmoid is computed twice."""
     counts = []
 
     class Counting(compiling.FasterProducts):
@@ -1120,10 +1120,10 @@ def test_what_compiled_graphs_are_left_with(monkeypatch, nothing_compiled):
 
     monkeypatch.setattr(compiling, "vendor", lambda: "Intel")
     monkeypatch.setattr(compiling, "FASTER_PRODUCTS", Counting())
-    linear, mish = torch.nn.functional.linear, dql.Mish()
-    loss = compiling.compiled(lambda x, w, b: mish(linear(mish(x), w, b)).sum(), torch.device("cpu"))
-    loss(*(torch.randn(shape, requires_grad=True) for shape in ((4, 8), (8, 8), 8))).backward()
-    assert counts == [[2, 0, 1], [0, 0, 2]]
+    network, x = dql.mlp(8, 8, 8), torch.randn(4, 8)
+    parameters = list(network.parameters())
+    compiling.compiled(lambda x: torch.autograd.grad(network(dql.Mish()(x)).square().sum(), parameters), x.device)(x)
+    assert counts == [[2, 0, 5]]
 
 
 @onednn_wanted
@@ -1138,21 +1138,17 @@ def test_compiled_float32_updates(processor, monkeypatch, nothing_compiled):
     calls = Counter()
 
     def outcome(agent: DiffusionQL) -> list[torch.Tensor]:
-        agent.policy_opt.zero_grad()
-        agent.critic_opt.zero_grad()
         calls.clear()
         dtype, rng = torch.get_default_dtype(), np.random.RandomState(0)
         batch = Batch(*(x.to(dtype) for x in official_batch(rng, 17, 6, 256)))
         draws = Draws(*(x.to(dtype) if x.is_floating_point() else x for x in official_draws(rng, 6, 256, 5, 256)))
         with torch.profiler.profile() as profile:
-            critic, _ = agent.critic_loss(batch, draws.next_noise)
-            bc, q = agent.policy_losses(batch, draws)
-            (critic + bc + q).backward()
+            critic_grads, *critic_losses = agent.critic_gradient(batch, draws)
+            policy_grads, *policy_losses = agent.policy_gradient(batch, draws)
             acting = ActDraws(torch.as_tensor(rng.standard_normal((6, 500, 6)), dtype=dtype), torch.zeros(10, 50))
             actions = agent.act(batch.state[:10], acting)
         calls.update(event.name for event in profile.events())
-        grads = [p.grad for name in ("policy", "critic") for p in getattr(agent, name).parameters()]
-        return [critic.detach(), bc.detach(), q.detach(), actions, *grads]
+        return [*critic_losses, *policy_losses, actions, *critic_grads, *policy_grads]
 
     single = tiny_agent(17, 6, batch_size=256, grad_norm=9.0)
     state = single.state_dict()
@@ -1192,7 +1188,7 @@ def test_compiled_updates_equal_eager(device, float64):
     compiled, many = copy.deepcopy(agents[0]), replicate(agents, compile=True)
     compiled.compile()
     for agent in (compiled, many):
-        for function in (agent.critic_loss, agent.policy_losses, agent.act):
+        for function in (agent.critic_gradient, agent.policy_gradient, agent.act):
             assert hasattr(function, "_torchdynamo_orig_callable")
     both, alone = generators_of(device, 2), generators_of(device, 2)
     fast, fast_many = FastUpdate(compiled, data, generator), FastUpdate(many, data, both)
