@@ -244,7 +244,7 @@ def in_turns(benchmark, ours: Callable, theirs: Callable, rounds: int) -> str:
 
 @pytest.mark.benchmark(group="beside other implementations")
 @pytest.mark.parametrize("peer", [official, flow_rl])
-@pytest.mark.parametrize("work, rounds", [("update", 15), ("act 1", 40), ("act 10", 20), ("evaluation", 5)])
+@pytest.mark.parametrize("work, rounds", [("update", 40), ("act 1", 40), ("act 10", 40), ("evaluation", 10)])
 def test_beside(benchmark, request, peer, work, rounds, capsys) -> None:
     ratio = in_turns(benchmark, *both(work, peer(request)), rounds)
     with capsys.disabled():
