@@ -487,22 +487,23 @@ class DiffusionQL:
         self.step += 1
         return Losses(critic_loss, bc_loss, q_loss, policy_loss, target_q, critic_norm, policy_norm)
 
-    def critic_gradient(self, batch: Batch, draws: Draws) -> tuple:
-        """The critics' gradient of Eq. 4, clipped; its norm; what is logged besides."""
+    def critic_gradient(self, batch: Batch, draws: Draws) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """The critics' gradient of Eq. 4, clipped; its norm before, the loss, the mean of the target, each ()."""
         loss, target_q = self.critic_loss(batch, draws.next_noise)
         return *self.gradient(loss, self.critic), loss.detach(), target_q
 
-    def policy_gradient(self, batch: Batch, draws: Draws) -> tuple:
-        """The policy's gradient of Eq. 3, whose denoising part is Eq. 2, clipped; its norm; what is logged besides."""
+    def policy_gradient(self, batch: Batch, draws: Draws) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+        """The policy's of Eq. 3, whose denoising part is Eq. 2, clipped; its norm before, L_d, L_q, their sum, ()."""
         bc, q = self.policy_losses(batch, draws)
         loss = bc + self.eta * q
         return *self.gradient(loss, self.policy), bc.detach(), q.detach(), loss.detach()
 
     def gradient(self, loss: Tensor, network: nn.Module) -> tuple[list[Tensor], Tensor]:
-        """The gradient of a loss by a network's parameters, clipped, and its norm before."""
+        """The gradient of a loss () by each of a network's parameters, clipped, and its norm before, ()."""
         # of replicas there is a loss each, of none but its own parameters
         grads = torch.autograd.grad(loss.sum(), list(network.parameters()))
-        return self.clip([grad.contiguous() for grad in grads])  # a fused optimizer takes memory as it comes
+        # replicas' come transposed, and a fused Adam pairs memory with memory
+        return self.clip([grad.contiguous() for grad in grads])
 
     def clip(self, grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """A gradient, scaled to --grad-norm where it is longer, and its norm before; as clip_grad_norm_ does it."""

@@ -135,6 +135,8 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
         raise ValueError("replicas must have made the same number of updates")
     K, one = len(agents), agents[0]
     many = copy.copy(one)
+    for name in ("critic_gradient", "policy_gradient"):  # where they are compiled they are the one agent's
+        vars(many).pop(name, None)
     for name in NETWORKS:
         network = copy.deepcopy(getattr(one, name))
         for p in network.parameters():
@@ -173,7 +175,7 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
 
 
 def clip_each(grads: list[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
-    """DiffusionQL.clip for each replica by itself: gradients (K, ...) scaled, and their norms before, (K,)."""
+    """DiffusionQL.clip for each replica by itself: gradients (K, ...) and norms (K,)."""
     norm = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]).norm(dim=0)
     scale = ((max_norm or math.inf) / (norm + 1e-6)).clamp(max=1)
     return [grad * scale.view(-1, *[1] * (grad.dim() - 1)) for grad in grads], norm

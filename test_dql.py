@@ -1185,8 +1185,10 @@ def test_compiled_updates_equal_eager(device, float64):
     """torch.compile changes how an update is computed, not what: of one agent, and of two at once."""
     data, generator = tiny_data(device), generators_of(device, 1)[0]
     agents = three_agents(device=device)[:2]
-    compiled, many = copy.deepcopy(agents[0]), replicate(agents, compile=True)
-    compiled.compile()
+    copies = copy.deepcopy(agents)
+    for agent in copies:
+        agent.compile()
+    compiled, many = copies[0], replicate(copies, compile=True)
     for agent in (compiled, many):
         for function in (agent.critic_gradient, agent.policy_gradient, agent.act):
             assert hasattr(function, "_torchdynamo_orig_callable")

@@ -164,7 +164,7 @@ def train_diffusion(agent: DiffusionQL, data: Data, num_updates: int) -> Diffusi
     for _ in range(num_updates):
         index = agent.draw_index(len(data.action), generator)
         batch = Batch(state, data.action[index], data.reward[index], state, done)
-        agent.update_policy(batch, agent.draw(generator))
+        dql.descend(agent.policy_opt, agent.policy_gradient(batch, agent.draw(generator))[0])
     return agent
 
 
