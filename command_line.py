@@ -28,7 +28,7 @@ FREE = ("resume", "runs_dir", "device", "track", "capture_video", "compile", "cu
 
 
 def parse(argv: list[str]) -> Args:
-    """The command line; tyro's boxed complaint becomes one line. Raises BadInput."""
+    """The command line of dql.py. Raises BadInput."""
     from dql import Args  # not above: that file imports this one
 
     words = []  # what may be None wants a value: --compile alone is --compile True, --no-compile is --compile False
@@ -38,14 +38,19 @@ def parse(argv: list[str]) -> Args:
             words += [flag, str(flag == word)]
         else:
             words.append(word)
+    return parsed(Args, words, "dql.py")
+
+
+def parsed(kind: type, words: list[str], script: str, **options):
+    """What tyro.cli makes of words, with its boxed complaint as one line. Raises BadInput."""
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
-            return tyro.cli(Args, args=words)
+            return tyro.cli(kind, args=words, prog=script, **options)
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise BadInput(f"{as_line(complaint.getvalue())} (python dql.py --help lists the flags)") from None
+        raise BadInput(f"{as_line(complaint.getvalue())} (python {script} --help lists the flags)") from None
 
 
 def as_line(complaint: str) -> str:
@@ -55,9 +60,12 @@ def as_line(complaint: str) -> str:
 
 
 def check_ranges(args: Args) -> None:
-    """Raises BadInput where a number is out of its range, or goes with no other."""
+    """Raises BadInput where a value is of another type, out of its range, or goes with no other."""
     if args.eta == 0 and args.eval_candidates > 1:
         raise BadInput("--eta 0 trains no critics to choose by: leave out --eval-candidates, or give a small --eta")
+    for f in fields(args):
+        if not fits(getattr(args, f.name), f.type):
+            raise BadInput(f"--{f.name.replace('_', '-')} cannot be {getattr(args, f.name)!r} (see --help)")
     for names, good, wanted in (
         ("num_seeds num_updates batch_size num_steps average_every eval_every eval_episodes eval_candidates log_every "
          "checkpoint_every",
@@ -91,17 +99,13 @@ def read_args(folder: Path) -> Args:
             raise OSError("it has no file args.json")
         saved = json.loads((folder / "args.json").read_text())
         paths = [f.name for f in fields(Args) if f.type in (Path, Path | None)]
-        args = Args(**saved | {k: Path(saved[k]) for k in paths if saved[k] is not None})
-        for f in fields(Args):
-            if not fits(getattr(args, f.name), f.type):
-                raise TypeError(f"{f.name} is {getattr(args, f.name)!r}")
-        return with_settings(args)
+        return with_settings(Args(**saved | {k: Path(saved[k]) for k in paths if saved[k] is not None}))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadInput(f"{folder} is not the folder of a run: {error}") from None
 
 
 def fits(value: object, kind: object) -> bool:
-    """Whether a value from JSON is of a field's type: a class, a word of Literal, or one of several."""
+    """Whether a value is of a field's type: a class, a word of Literal, or one of several."""
     if get_args(kind):
         return any(fits(value, one) for one in get_args(kind))
     if not isinstance(kind, type):
@@ -118,8 +122,8 @@ def resumed_args(given: Args) -> Args:
         raise BadInput(f"{given.resume} is a part of the run {group}: resume that, or a copy of the part elsewhere")
     refuse_others(given, saved, [f.name for f in fields(given) if getattr(given, f.name) != f.default])
     free = {name: getattr(given, name) for name in (*FREE, "num_updates")}
-    unsaid = ("compile", "cudagraphs", "num_updates")
-    args = replace(saved, **{k: v for k, v in free.items() if v is not None or k not in unsaid})
+    unsaid = {"device": "auto", "compile": None, "cudagraphs": None, "num_updates": None}
+    args = replace(saved, **{k: v for k, v in free.items() if k not in unsaid or v != unsaid[k]})
     check_ranges(args)
     return args
 
@@ -130,12 +134,12 @@ def refuse_given(args: Args, argv: list[str]) -> None:
         return
     words = [word.split("=")[0] for word in argv if word.startswith("--")]
     flags = {re.sub("^--(no-)?", "", word).replace("-", "_") for word in words}
-    given = replace(args, dataset_path=args.dataset_path and absolute(args.dataset_path))
-    refuse_others(given, read_args(args.resume), [f.name for f in fields(args) if f.name in flags])
+    refuse_others(args, read_args(args.resume), [f.name for f in fields(args) if f.name in flags])
 
 
 def refuse_others(given: Args, saved: Args, names: list[str]) -> None:
     """Raises BadInput where a resumed run was given other arguments of these names than it has."""
+    given = replace(given, dataset_path=given.dataset_path and absolute(given.dataset_path))
     differ = [
         f"--{name.replace('_', '-')} {getattr(given, name)} (the run's: {getattr(saved, name)})"
         for name in names

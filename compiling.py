@@ -10,14 +10,13 @@ the same bits.
 """
 
 import copy
-import functools
-import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from run_folder import instructions, processor_vendor
 
 torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad may be called in what is compiled
 THIN = 32  # a product with a dimension below gains nothing: measured with batches of 50 to 500
@@ -26,23 +25,10 @@ THIN = 32  # a product with a dimension below gains nothing: measured with batch
 def compiled(function: Callable, device: torch.device) -> Callable:
     """function, compiled whole for the shapes it is called with, with the gradients that it takes."""
     options = {}
-    if device.type == "cpu" and vendor() != "other":
+    if device.type == "cpu" and processor_vendor() != "other":
         # one C++ file for a graph's kernels and their calls takes less time to compile; 2.11's at times is no valid C++
         options = {"post_grad_custom_post_pass": FASTER_PRODUCTS, "cpp_wrapper": torch.__version__ >= (2, 13)}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
-
-
-def instructions() -> str:
-    """What the choice of products depends on: the processor's vendor and its vector instructions, "AMD AVX512"."""
-    return f"{vendor()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-@functools.cache
-def vendor() -> str:
-    """Who made the processor: "AMD", "Intel" or "other"."""
-    cpuinfo = Path("/proc/cpuinfo")
-    name = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
-    return "AMD" if "AuthenticAMD" in name else "Intel" if "GenuineIntel" in name else "other"
 
 
 class FasterProducts(CustomGraphPass):

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 class BadInput(ValueError):
     """What the user can mend; the message is one line that says what is wrong and how to mend it."""
 
+    exit_code = 2
+
     def __init__(self, message: str):
         line = " ".join(message.split())
         super().__init__(line if len(line) < 2000 else f"{line[:1000]} [...] {line[-900:]}")
@@ -53,7 +55,7 @@ class BadInput(ValueError):
 
 def reason(error: Exception) -> str:
     """Its message's first line, or its kind where it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- the tasks
@@ -292,7 +294,7 @@ def download(env_id: str, path: Path) -> None:
     The bytes go to path.part, where an interrupted download goes on; the whole file is checked and only then renamed.
     Raises: BadInput with the reasons, the URL, the path and the other way to give the data.
     """
-    _package("tqdm")
+    _package("tqdm"), _package("h5py")  # before anything is fetched
     task, part, reasons = TASKS[env_id], path.with_name(path.name + ".part"), []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -437,7 +439,7 @@ def rendering_env(env_id: str, backend: str = "maintained") -> gymnasium.Env:
 
 @functools.cache
 def _with_gymnasium(kind: type) -> type[gymnasium.Env]:
-    """The class below as a gymnasium.Env, which it is not from the start, for the module imports without gymnasium."""
+    """kind as a gymnasium.Env, which it is not from the start, for the module imports without gymnasium."""
     import gymnasium
 
     return type(kind.__name__, (kind, gymnasium.Env), {})

@@ -11,11 +11,11 @@ The policy is the reverse chain of a conditional diffusion model over actions: a
 steps lead to the action a^0. Its noise predictor learns to imitate the data (Eq. 2) and, through the whole chain, to
 raise Q (Eq. 3); Q is a pair of critics with target networks (Eq. 4). Algorithm 1 is `DiffusionQL.update`.
 
-Every random number of an update is drawn first, into `Draws`; `update(batch, draws)` is then a pure function of its
-arguments and the agent's state, so that any two implementations can be given the same numbers and compared.
+Every random number of an update is drawn first, into `Draws`. What `update(batch, draws)` does is then determined by
+its arguments and the agent's state: any two implementations can be given the same numbers and compared.
 
 Where the paper, the official code (github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL) and this file part, the
-default is what the official code effectively does (but for 2), since the published scores come from it.
+default is what the official code effectively does (but for 2, 11 and 12), since the published scores come from it.
  1. Learning rates are constant: the official decay only moves them to 0.999 of their start. --lr-decay: real cosine.
  2. Offline selection takes evaluation argsort(bc_loss)[rank]; the official code, in error, argsort(bc_loss) == rank.
  3. Evaluation acts with the online policy, --eval-candidates 50 actions a state, one drawn from the softmax of min
@@ -30,6 +30,9 @@ default is what the official code effectively does (but for 2), since the publis
  9. A reverse step clips its estimate of a^0 to the action range and uses the posterior's variance; the paper's formula
     for it does neither.
 10. No gradient is computed that is thrown away (the target's chain, the critics' in the policy step): same numbers.
+11. --eta 0 clips gradients as the rest does; the official Diffusion-BC does not (--grad-norm 0).
+12. Evaluation episode k is reset with seed + 100 + k, so that neighbouring seeds share starts; the official environment
+    is seeded once an evaluation, with seed + 100, and draws on.
 """
 
 import copy
@@ -38,7 +41,6 @@ import math
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -203,7 +205,7 @@ def beta_schedule(name: str, num_steps: int) -> Tensor:
     """beta_1 .. beta_N of a noise schedule, float64, (N,).
 
     vp: the variance-preserving SDE of Song et al. 2021, discretised by Xiao et al. 2022 (the paper's choice).
-    linear: Ho et al. 2020. cosine: Nichol and Dhariwal 2021, on the official code's grid.
+    linear: Ho et al. 2020. cosine: Nichol and Dhariwal 2021.
     """
     if name == "vp":
         i = torch.arange(1, num_steps + 1, dtype=torch.float64)
@@ -315,7 +317,7 @@ class DiffusionPolicy(nn.Module):
         of_state = of_state.repeat_interleave(noise.shape[1] // len(state), 0)
         action = noise[0]
         for step_noise, i in zip(noise[1:], reversed(range(len(self.reverse))), strict=True):
-            r, m, c0, ci, sigma = self.reverse[i]
+            r, m, c0, ci, sigma = self.reverse[i]  # the paper's step i + 1
             eps = self.predict_noise(action, of_state + of_time[i])
             a0 = (r * action - m * eps).clamp(-self.max_action, self.max_action)
             action = c0 * a0 + ci * action
@@ -391,7 +393,7 @@ class Losses(NamedTuple):
 
 CRITIC_LEARNING_RATE = 3e-4
 BACKUP_ACTIONS = 10
-AGENT_PARTS = ("policy", "policy_ema", "critic", "critic_target", "policy_opt", "critic_opt")
+AGENT_PARTS = (*run_folder.NETWORKS, "policy_opt", "critic_opt")
 
 
 class DiffusionQL:
@@ -449,7 +451,7 @@ class DiffusionQL:
         )
 
     def critic_loss(self, batch: Batch, next_noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 4 and the mean of its target. The target's actions come from the policy's average."""
+        """Eq. 4 and the mean of its target, each (); next_noise and the policy's average make the target's actions."""
         with torch.no_grad():
             copies = len(next_noise[0]) // len(batch.state)
             next_action = self.policy_ema.sample(batch.next_state, next_noise)
@@ -460,7 +462,7 @@ class DiffusionQL:
         return F.mse_loss(q1, target) + F.mse_loss(q2, target), target.mean()
 
     def policy_losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """L_d of Eq. 2 and L_q of Eq. 3: the Q of actions that the chain made, on the scale of the other critic."""
+        """L_d of Eq. 2 and L_q of Eq. 3, each (): Q of the chain's own actions, on the scale of the other critic."""
         bc = self.policy.bc_loss(batch.action, batch.state, draws.bc_step, draws.bc_noise)
         if not self.has_critics:
             return bc, torch.zeros_like(bc)
@@ -569,8 +571,10 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA where there is one. Raises BadInput where it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise BadInput(f"--device is {name}, it must be auto, cpu, cuda, or cuda:1 and so on")
     try:
-        return torch.Generator(torch.zeros((), device=name).device).device
+        return torch.zeros((), device=name).device  # "cuda" becomes "cuda:0", which is there
     except Exception as error:  # torch raises several kinds here
         raise BadInput(f"--device {name} cannot be used: {reason(error)}") from None
 
@@ -611,6 +615,11 @@ def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: list[int], devi
     return returns
 
 
+def eval_noise_seed(seed: int, step: int) -> int:
+    """Of the noise in the evaluation of that seed's agent after step updates."""
+    return seed * 1_000_003 + step
+
+
 def evaluate_seeds(args: Args, act: Callable[[Tensor], Tensor], envs: list, generators: list[torch.Generator],
                    step: int, check: Callable[[], None]) -> np.ndarray:  # fmt: skip
     """Normalized scores (K, E) of E episodes for each of K seeds, from generators that serve act and nothing else.
@@ -619,20 +628,25 @@ def evaluate_seeds(args: Args, act: Callable[[Tensor], Tensor], envs: list, gene
     """
     seeds = range(args.seed, args.seed + args.num_seeds)
     for seed, generator in zip(seeds, generators, strict=True):
-        generator.manual_seed(seed * 1_000_003 + step)
+        generator.manual_seed(eval_noise_seed(seed, step))
     env_seeds = [seed + 100 + k for seed in seeds for k in range(args.eval_episodes)]
     returns = evaluate(act, envs, env_seeds, generators[0].device, check)
     return normalized_score(args.env_id, returns).reshape(len(seeds), -1)
 
 
-def load_policy(folder: str | Path, seed: int = 0, device: str = "auto") -> Callable:
-    """The trained policy of a run: states (S,) or (E, S), numpy or torch, in; actions of the same kind out."""
+def load_policy(folder: str | Path, seed: int = 0, device: str = "auto", **acting) -> Callable:
+    """The trained policy of a run: states (S,) or (E, S), numpy or torch, in; actions of the same kind out.
+
+    acting: eval_candidates, eval_temperature, eval_average where they are to differ from the run's. Raises BadInput
+    where the folder holds no such run, the policy ValueError where states are not the task's.
+    """
     folder = Path(folder)
-    args = replace(command_line.read_args(folder), device=device, compile=False)
+    args = replace(command_line.read_args(folder), device=device, compile=False, **acting)
     if args.num_seeds > 1:
         raise BadInput(f"{folder} holds {args.num_seeds} policies: give one of its folders seed-*")
     task = TASKS[args.env_id]
-    agent = DiffusionQL(task.state_dim, task.action_dim, args)
+    with torch.random.fork_rng(devices=[]):  # weights are drawn, to be overwritten
+        agent = DiffusionQL(task.state_dim, task.action_dim, args)
     run_folder.restore_agents(run_folder.read_checkpoint(folder, agent.device), folder, [agent])
     generator = torch.Generator(agent.device).manual_seed(seed)
 
@@ -660,7 +674,7 @@ def train(args: Args) -> dict:
     args = command_line.resumed_args(args)
     with run_folder.only_writer(args.resume):
         if summary := run_folder.finished(args.resume, args.num_updates):
-            if args.capture_video and not any(args.resume.glob("video*")):
+            if args.capture_video and not any(args.resume.glob("video*.mp4")):
                 record_video(args, args.resume, rendering_env(args.env_id, args.env_backend))
             print(f"{args.resume} is finished: nothing is left to do")
             return summary | {"folder": str(args.resume)}
@@ -687,7 +701,7 @@ def run(args: Args) -> dict:
     now = Progress.begin(len(seeds), device, data)
     if args.resume and (args.resume / "checkpoint.pt").exists():
         now = run_folder.restore(args, agents, generators, now)
-    agents, updates, act = make_steps(args, agents, dataset, generators, eval_generators)
+    agents, updates, act = fast_sampler.make_steps(args, agents, dataset, generators, eval_generators)
     if args.resume:
         run_folder.note_length(args)
     folder = args.resume or run_folder.start_folder(args)
@@ -705,8 +719,8 @@ def run(args: Args) -> dict:
         warn = run_folder.q_alarm(dataset.reward, args)
         run_loop(args, folder, now, agents, generators, updates, score, warn)
         summary = run_folder.summarize(args, folder, now.history, device, SETTINGS[args.env_id].paper)
-    if video_env:
-        record_video(args, folder, video_env)
+        if video_env:
+            record_video(args, folder, video_env)
     return summary
 
 
@@ -715,8 +729,9 @@ def run_loop(args: Args, folder: Path, now: Progress, agents: list[DiffusionQL],
              warn: Callable[[list[dict]], None]) -> None:  # fmt: skip
     """From where the run is now to its last update: rows of metrics.csv, evaluations, checkpoints.
 
-    agents and updates are what `make_steps` gave, generators one for each seed; score(step, check) is `evaluate_seeds`,
-    warn is shown each row. Raises Stopped where a signal came, after a checkpoint; Diverged; BadInput on a full disk.
+    agents and updates are what `fast_sampler.make_steps` gave, generators one for each seed; score(step, check) is
+    `evaluate_seeds`; warn is shown each row. Raises Stopped where a signal came, after a checkpoint; Diverged; BadInput
+    on a full disk.
     """
     from tqdm import tqdm
 
@@ -761,14 +776,14 @@ def run_loop(args: Args, folder: Path, now: Progress, agents: list[DiffusionQL],
 
 
 def record_video(args: Args, folder: Path, video_env) -> None:
-    """One episode of the first seed's policy, into the run's folder."""
+    """One episode of the first seed's policy, into the run's folder. Raises BadInput where it cannot be written."""
     from gymnasium.wrappers import RecordVideo
 
     policy = load_policy(run_folder.seed_folders(args, folder)[0], args.seed, args.device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that other files are in the folder
-        video = RecordVideo(video_env, str(folder), name_prefix="video", disable_logger=True)
-    with video as env:
+    with (
+        run_folder.files_beside(folder) as beside,
+        RecordVideo(video_env, str(beside), name_prefix="video", disable_logger=True) as env,
+    ):
         evaluate(policy, [env], [args.seed + 100], choose_device(args.device))
 
 
@@ -777,32 +792,6 @@ def make_agent(args: Args, seed: int) -> DiffusionQL:
     torch.manual_seed(seed)
     task = TASKS[args.env_id]
     return DiffusionQL(task.state_dim, task.action_dim, replace(args, seed=seed))
-
-
-def make_steps(args: Args, agents: list, dataset: Batch, generators: list, eval_generators: list) -> tuple:
-    """(agents, updates, act): updates(n) trains and returns n updates' summed losses, act maps states to actions.
-
-    Several agents are one on a GPU, by `replicate`. On a CPU, which one agent fills, they take turns.
-    """
-    import fast_sampler
-
-    if len(agents) > 1 and agents[0].device.type != "cpu":
-        agents = [fast_sampler.replicate(agents, args.compile)]
-        generators, eval_generators = [generators], [eval_generators]
-    if args.cudagraphs:
-        act = fast_sampler.FastSampler(agents[0], args.eval_episodes, eval_generators[0])
-        return agents, fast_sampler.FastUpdate(agents[0], dataset, generators[0]), act
-
-    def updates(n: int) -> Tensor:
-        turns = zip(agents, generators, strict=True)
-        return torch.cat([torch.atleast_2d(sum(train_step(agent, dataset, g) for _ in range(n))) for agent, g in turns])
-
-    def act(states: Tensor) -> Tensor:
-        turns = zip(agents, states.chunk(len(agents)), eval_generators, strict=True)
-        # a copy, for the bits of a product can depend on how its memory is aligned
-        return torch.cat([act_fresh(agent, own.clone(), g) for agent, own, g in turns])
-
-    return agents, updates, act
 
 
 def train_step(agent: DiffusionQL, dataset: Batch, generator: torch.Generator) -> Tensor:
@@ -824,10 +813,9 @@ def main() -> None:
         summary = train(args)
     except (BadInput, Diverged, Stopped, KeyboardInterrupt) as error:
         print(f"dql.py: {str(error) or 'interrupted; a run that had begun goes on with --resume'}", file=sys.stderr)
-        codes = {Diverged: 3, Stopped: 128 + getattr(error, "signum", 0), KeyboardInterrupt: 128 + signal.SIGINT}
-        sys.exit(codes.get(type(error), 2))
+        sys.exit(getattr(error, "exit_code", 128 + signal.SIGINT))
     except (RuntimeError, MemoryError) as error:
-        if "allocate" not in str(error):  # the word that torch, on a CPU and a GPU, and numpy have for it
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's word, on a CPU and a GPU
             raise
         print(f"dql.py: out of memory ({reason(error)}): try a smaller --batch-size or --num-seeds", file=sys.stderr)
         sys.exit(2)
@@ -835,5 +823,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["dql"] = sys.modules[__name__]  # fast_sampler.py imports this file by its name
+    sys.modules["dql"] = sys.modules[__name__]  # the other files import this one by its name
     main()

@@ -47,7 +47,7 @@ def choose_path(args: Args, device: torch.device) -> Args:
     """args with --compile and --cudagraphs chosen, where they were not, by device and length. Raises BadInput."""
     on_gpu = device.type == "cuda"
     if args.cudagraphs and not on_gpu:
-        raise BadInput("--cudagraphs needs --device cuda and a GPU")
+        raise BadInput("--cudagraphs (given, or the resumed run's) needs --device cuda and a GPU: --no-cudagraphs")
     lacks = lacks_to_compile(on_gpu)
     if args.compile and lacks:
         raise BadInput(f"--compile needs {lacks}: install it, or give --no-compile")
@@ -69,6 +69,34 @@ def lacks_to_compile(on_gpu: bool) -> str:
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python.h (python3-dev)"
     return ""
+
+
+def make_steps(
+    args: Args, agents: list[DiffusionQL], dataset: Batch, generators: list, eval_generators: list
+) -> tuple[list[DiffusionQL], Callable[[int], Tensor], Callable[[Tensor], Tensor]]:
+    """(agents, updates, act): updates(n) makes n updates and returns their summed losses (K, 7); act maps states
+    (K E, S) of K seeds to actions (K E, A).
+
+    Several agents are one on a GPU, by `replicate`. On a CPU, which one agent fills, they take turns.
+    """
+    if len(agents) > 1 and agents[0].device.type != "cpu":
+        agents = [replicate(agents, args.compile)]
+        generators, eval_generators = [generators], [eval_generators]
+    if args.cudagraphs:
+        act = FastSampler(agents[0], args.eval_episodes, eval_generators[0])
+        return agents, FastUpdate(agents[0], dataset, generators[0]), act
+
+    def updates(n: int) -> Tensor:
+        turns = zip(agents, generators, strict=True)
+        sums = [sum(dql.train_step(agent, dataset, g) for _ in range(n)) for agent, g in turns]
+        return torch.cat([torch.atleast_2d(of_agent) for of_agent in sums])
+
+    def act(states: Tensor) -> Tensor:
+        turns = zip(agents, states.chunk(len(agents)), eval_generators, strict=True)
+        # a copy, for the bits of a product can depend on how its memory is aligned
+        return torch.cat([dql.act_fresh(agent, own.clone(), g) for agent, own, g in turns])
+
+    return agents, updates, act
 
 
 # ----------------------------------------------------------------------------- replicas
@@ -186,7 +214,7 @@ def clip_each(grads: list[Tensor], max_norm: float) -> tuple[list[Tensor], Tenso
 
 @contextmanager
 def unchanged(agents: Sequence[DiffusionQL], generators: list[torch.Generator]) -> Iterator[None]:
-    """Whatever is tried within, agents and generators come out as they went in."""
+    """Whatever is done within, and does not raise, agents and generators come out as they went in."""
     before = [copy.deepcopy(agent.state_dict()) for agent in agents]
     numbers = [generator.get_state() for generator in generators]
     yield
@@ -197,7 +225,7 @@ def unchanged(agents: Sequence[DiffusionQL], generators: list[torch.Generator]) 
 
 
 class FastUpdate:
-    """Training steps that the CPU only starts: `fast(n)` replays n and returns their summed losses, (7,) or (K, 7).
+    """Training steps that the CPU only starts: `fast(n)` replays n and returns their summed losses, (K, 7).
 
     agent: a DiffusionQL on a GPU, or what `replicate` makes of several; its generator, or theirs. Building one compiles
     and captures but changes nothing: parameters, optimizers, averages, step and generators are as before.
@@ -218,7 +246,7 @@ class FastUpdate:
         self.sums.zero_()
         for _ in range(n):
             self.graph.replay()
-        return self.sums.clone()
+        return torch.atleast_2d(self.sums.clone())
 
 
 class FastSampler:
@@ -249,7 +277,7 @@ class FastSampler:
 def capture(step: Callable[[], None], generators: list[torch.Generator], device: torch.device):
     """A graph of one step: `.replay()` runs it. The step is run a few times before, as capturing demands.
 
-    Where the device is no GPU there is nothing to capture: replaying runs the step itself.
+    On a CPU, where tests alone come here, replaying runs the step itself.
     """
     if device.type != "cuda":
         for _ in range(WARM_UPS):

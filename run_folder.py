@@ -18,6 +18,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import threading
@@ -53,11 +54,13 @@ class Stopped(Exception):
 
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message)
-        self.signum = signum
+        self.signum, self.exit_code = signum, 128 + signum
 
 
 class Diverged(Exception):
     """A loss or a parameter is no longer a finite number; the message says which, when, and what is left."""
+
+    exit_code = 3
 
 
 @dataclass
@@ -138,10 +141,14 @@ def start_folder(args: Args) -> Path:
             except FileExistsError:
                 again += 1
                 folder = args.runs_dir / f"{name}-{again}"
-        for k, path in enumerate(seed_folders(args, folder) if args.num_seeds > 1 else []):
-            path.mkdir()
-            write_args(path, replace(args, seed=args.seed + k, num_seeds=1))
-        write_args(folder, args)  # last, for it makes the folder one that can be resumed
+        try:
+            for k, path in enumerate(seed_folders(args, folder) if args.num_seeds > 1 else []):
+                path.mkdir()
+                write_args(path, replace(args, seed=args.seed + k, num_seeds=1))
+            write_args(folder, args)  # last, for it makes the folder one that can be resumed
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     except OSError as error:
         raise BadInput(f"cannot write the run's folder {folder}: {error.strerror}; choose a --runs-dir") from None
     return folder
@@ -186,7 +193,7 @@ def finished(folder: Path, num_updates: int) -> dict | None:
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         if path.is_file():  # a pipe would be waited for
             summary = json.loads(path.read_text())
-            report(summary)
+            report(summary)  # raises where it is none
             return summary if summary["num_updates"] == num_updates else None
     return None
 
@@ -409,8 +416,8 @@ def q_alarm(reward: Tensor, args: Args) -> Callable[[list[dict]], None]:
 
 
 def select(rows: list[dict], args: Args) -> dict[str, dict]:
-    """The evaluation that is last, best ("online selection"), and of rank-th lowest denoising loss since the one before
-    ("offline selection": it needs no environment)."""
+    """The evaluation that is last, best ("online selection"), and of (rank + 1)-th lowest denoising loss since the one
+    before ("offline selection": it needs no environment)."""
     evaluations, losses, weights, start = [], [], [], 0
     for row in rows:
         weights.append(row["step"] - start)
@@ -447,6 +454,24 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def files_beside(folder: Path) -> Iterator[Path]:
+    """The path of a folder to make and fill with files; at the end they are moved to the folder given.
+
+    Raises BadInput where that cannot be.
+    """
+    beside = folder / ".part-files"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+        yield beside
+        for path in beside.iterdir():
+            path.replace(folder / path.name)
+    except OSError as error:
+        raise BadInput(f"cannot write in {beside}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_torch(path: Path, contents: dict) -> None:
@@ -492,10 +517,21 @@ def write_curve(path: Path, rows: list[dict], args: Args, paper: tuple[float, fl
 
 
 @functools.cache
+def processor_vendor() -> str:
+    """Who made the processor: "AMD", "Intel" or "other"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    name = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    return "AMD" if "AuthenticAMD" in name else "Intel" if "GenuineIntel" in name else "other"
+
+
+def instructions() -> str:
+    """What the choice of products depends on: the processor's vendor and its vector instructions, "AMD AVX512"."""
+    return f"{processor_vendor()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+@functools.cache
 def versions() -> dict[str, str | int]:
     """Of what a score depends on."""
-    from compiling import instructions
-
     found = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
     found["instructions"] = instructions()
     if torch.cuda.is_available():
@@ -527,7 +563,7 @@ def open_logs(args: Args, folder: Path, step: int) -> Iterator[list]:
         except Exception as error:  # it has errors of its own for each way not to be logged in
             raise BadInput(f"--track: {reason(error)}") from None
     try:
-        writers = [SummaryWriter(path, purge_step=step + 1 if step else None) for path in seed_folders(args, folder)]
+        writers = [SummaryWriter(path, purge_step=step + 1) for path in seed_folders(args, folder)]
     except OSError as error:
         raise BadInput(f"cannot write TensorBoard's events in {folder}: {error.strerror}") from None
     try:

@@ -690,6 +690,7 @@ def test_resume_refuses_flags_with_their_default_values(run_left_alone, capsys):
     )
     same = [*resume, "--num-seeds", "2", "--dataset-path", os.path.relpath(args.dataset_path)]
     command_line.refuse_given(command_line.parse(same), same)
+    assert command_line.resumed_args(command_line.parse(same)).dataset_path == args.dataset_path
     command_line.refuse_given(Args(resume=folder), ["--resume", "num-seeds"])  # a folder of that name is no flag
 
 
@@ -805,7 +806,7 @@ def test_a_run_that_diverges_stops(num_seeds, tmp_path, monkeypatch):
         with torch.no_grad():
             target[index] = math.nan
 
-    make_steps = dql.make_steps
+    make_steps = fast_sampler.make_steps
 
     def make_poisoned_steps(*args):
         nonlocal target
@@ -814,7 +815,7 @@ def test_a_run_that_diverges_stops(num_seeds, tmp_path, monkeypatch):
         return agents, on_call(7, updates, poison), act
 
     target = None
-    monkeypatch.setattr(dql, "make_steps", make_poisoned_steps)
+    monkeypatch.setattr(fast_sampler, "make_steps", make_poisoned_steps)
     says = r"critic_loss, .*critic's parameters.* not finite in updates 6 to 8, seed 0; .* is of update 4\."
     with pytest.raises(dql.Diverged, match=says):
         dql.train(args)
@@ -828,6 +829,7 @@ def test_a_run_that_diverges_stops(num_seeds, tmp_path, monkeypatch):
     (dql.Diverged("gone"), 3, "gone"), (dql.Stopped(signal.SIGTERM, "goes on"), 143, "goes on"),
     (dql.Stopped(signal.SIGINT, "goes on"), 130, "goes on"), (KeyboardInterrupt(), 130, "interrupted"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory"),
+    (MemoryError(), 2, "out of memory"),
 ])  # fmt: skip
 def test_exit_codes(error, code, says, monkeypatch, capsys):
     monkeypatch.setattr(dql, "train", lambda _: (_ for _ in ()).throw(error))
@@ -870,12 +872,14 @@ def test_many_evaluations_leak_nothing(tmp_path, monkeypatch):
 
 @run_wanted
 def test_resume_takes_whole_runs_and_another_path(tmp_path):
-    """A seed of a run of several is not resumed alone; --compile and --cudagraphs may change, they change no result."""
+    """A seed of a run of several is not resumed alone; where it runs may change, or stays as it was."""
     folder = Path(dql.train(tiny_args(tmp_path, num_updates=2, num_seeds=2))["folder"])
     with pytest.raises(BadInput, match="resume that"):
         dql.train(Args(resume=folder / "seed-0", device="cpu"))
     assert command_line.resumed_args(Args(resume=folder)).compile is False
     assert command_line.resumed_args(Args(resume=folder, compile=True)).compile is True
+    assert command_line.resumed_args(Args(resume=folder)).device == "cpu"
+    assert command_line.resumed_args(Args(resume=folder, device="cuda:1")).device == "cuda:1"
 
 
 @run_wanted
@@ -889,6 +893,10 @@ def test_load_policy(tmp_path):
     np.testing.assert_array_equal(actions, again(states))
     assert policy(states[0]).shape == (3,)
     assert torch.is_tensor(policy(torch.as_tensor(states))) and policy(torch.as_tensor(states)).shape == (5, 3)
+    before = torch.get_rng_state()
+    average, online = (dql.load_policy(folder, device="cpu", eval_candidates=1, eval_average=x) for x in (True, False))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not np.array_equal(average(states), online(states))
     for wrong in (np.zeros(22), np.zeros((11, 2)), 0.0):  # of 22 numbers two states could be made
         with pytest.raises(ValueError, match="have 11 numbers each"):
             policy(wrong)
@@ -1018,7 +1026,7 @@ def test_agents_in_turn_are_single_agents(compiled, float64):
         for agent in own:
             agent.compile()
     args = dql.with_settings(Args(device="cpu", num_seeds=3, compile=compiled, cudagraphs=False, eval_episodes=5))
-    trained, updates, act = dql.make_steps(args, own, data, generators, generators)
+    trained, updates, act = fast_sampler.make_steps(args, own, data, generators, generators)
     tolerance = FLOAT64 if compiled else {"rtol": 0, "atol": 0}
     for n in (1, 1, 10):
         want = [sum(dql.train_step(agent, data, g) for _ in range(n)) for agent, g in zip(agents, alone, strict=True)]
@@ -1044,10 +1052,10 @@ def test_what_is_compiled_for_one_seed_or_eta_serves_the_next(float64):
 def test_several_agents_are_mapped_on_a_gpu_alone(monkeypatch):
     agents = [tiny_agent(), tiny_agent()]
     args, data = dql.with_settings(Args(device="cpu", num_seeds=2, compile=False, cudagraphs=False)), tiny_data("cpu")
-    assert dql.make_steps(args, agents, data, [None] * 2, [None] * 2)[0] is agents
+    assert fast_sampler.make_steps(args, agents, data, [None] * 2, [None] * 2)[0] is agents
     monkeypatch.setattr(agents[0], "device", torch.device("cuda"))
     monkeypatch.setattr(fast_sampler, "replicate", lambda agents, compile: "mapped")
-    assert dql.make_steps(args, agents, data, [None] * 2, [None] * 2)[0] == ["mapped"]
+    assert fast_sampler.make_steps(args, agents, data, [None] * 2, [None] * 2)[0] == ["mapped"]
 
 
 onednn_wanted = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN")
@@ -1118,7 +1126,7 @@ def test_what_compiled_graphs_are_left_with(monkeypatch, nothing_compiled):
             kinds = torch.ops.aten.sigmoid.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.default
             counts.append([len(graph.find_nodes(op="call_function", target=kind)) for kind in kinds])
 
-    monkeypatch.setattr(compiling, "vendor", lambda: "Intel")
+    monkeypatch.setattr(compiling, "processor_vendor", lambda: "Intel")
     monkeypatch.setattr(compiling, "FASTER_PRODUCTS", Counting())
     network, x = dql.mlp(8, 8, 8), torch.randn(4, 8)
     parameters = list(network.parameters())
@@ -1134,7 +1142,7 @@ def test_compiled_float32_updates(processor, monkeypatch, nothing_compiled):
     oneDNN's, elsewhere none. Losses, gradients and actions are those of eager float64: float32's rounding, over some
     dozen layers, is far below 1e-4 of the largest entry."""
     monkeypatch.setattr(compiling, "instructions", lambda: processor)
-    monkeypatch.setattr(compiling, "vendor", lambda: processor.split()[0])
+    monkeypatch.setattr(compiling, "processor_vendor", lambda: processor.split()[0])
     calls = Counter()
 
     def outcome(agent: DiffusionQL) -> list[torch.Tensor]:
@@ -1343,14 +1351,14 @@ def test_several_seeds_are_the_single_runs(path, tmp_path, monkeypatch):
     """--num-seeds: each folder holds the run of that seed alone, seeds in turn its very bits, and replicas, a GPU's
     choice, to float32's rounding; the summary mean and spread."""
     if path == "mapped":
-        make_steps = dql.make_steps
+        make_steps = fast_sampler.make_steps
 
         def mapped(args, agents, dataset, generators, eval_generators):
             if len(agents) > 1:
                 agents, generators, eval_generators = [replicate(agents)], [generators], [eval_generators]
             return make_steps(args, agents, dataset, generators, eval_generators)
 
-        monkeypatch.setattr(dql, "make_steps", mapped)
+        monkeypatch.setattr(fast_sampler, "make_steps", mapped)
     args = tiny_args(tmp_path, num_seeds=2, seed=5, num_updates=12, eval_every=6)
     summary = dql.train(args)
     folder = Path(summary["folder"])
@@ -1447,8 +1455,8 @@ def fails(capsys, *argv: str) -> str:
     (["--gamma", "1.5"], "between 0 and 1"),
     (["--batch-size"], "--batch-size"),
     (["--no-such-flag"], "--no-such-flag"),
-    (["--device", "tpu9"], "--device tpu9 cannot be used"),
-    (["--device", "meta"], "--device meta cannot be used"),
+    (["--device", "tpu9"], "--device is tpu9, it must be"),
+    (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
     (["--seed", "18446744073709551616"], "below 2^31"),
     (["--dataset-path", "no-such-file.hdf5"], "no-such-file.hdf5"),
     (["--resume", "no-such-run"], "no-such-run is not the folder of a run"),
@@ -1457,6 +1465,62 @@ def test_bad_flags_get_one_line(argv, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert says in fails(capsys, *argv)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", [
+    {"reward": "standardise"}, {"schedule": "foo"}, {"env_backend": "xx"}, {"batch_size": 2.5}, {"tau": "1"},
+])  # fmt: skip
+def test_a_value_of_another_kind_is_refused_from_python_too(wrong):
+    with pytest.raises(BadInput, match="cannot be"):
+        dql.with_settings(Args(**wrong))
+
+
+@run_wanted
+def test_a_folder_that_cannot_be_begun_is_not_left_there(tmp_path, monkeypatch):
+    args = dql.with_settings(tiny_args(tmp_path, num_seeds=2))
+
+    def full(path, _):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_whole", full)
+    with pytest.raises(BadInput, match="No space left on device"):
+        run_folder.start_folder(args)
+    assert list(args.runs_dir.iterdir()) == []
+
+
+def test_metrics_are_named_as_losses_are():
+    assert tuple(name.removesuffix("_loss") for name in run_folder.LOSS_NAMES) == dql.Losses._fields
+
+
+@run_wanted
+def test_events_of_updates_that_are_made_again_are_forgotten(tmp_path):
+    """A run killed before its first checkpoint begins again from update 0, in the same folder."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    args = dql.with_settings(tiny_args(tmp_path, num_updates=4, log_every=2))
+    folder = run_folder.start_folder(args)
+    row = dict.fromkeys(run_folder.METRICS, 0.5) | {"score": "", "score_std": ""}
+    for steps in ((1, 2, 3), (1,)):
+        with run_folder.open_logs(args, folder, 0) as writers:
+            for step in steps:
+                run_folder.log(args, folder, [[row | {"step": step}]], writers, None)
+        time.sleep(1.1)  # events are read in the order of their files' names, which have the second
+    events = accumulators.EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("losses/bc_loss")] == [1]
+
+
+def test_files_of_others_come_whole(tmp_path):
+    """What was half written, now or by a process that was killed, is not left; what is whole is moved."""
+    (tmp_path / ".part-files").mkdir()
+    (tmp_path / ".part-files" / "old").write_text("half")
+    with pytest.raises(BadInput, match="No space left"), run_folder.files_beside(tmp_path) as beside:
+        beside.mkdir()
+        (beside / "video").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+    with run_folder.files_beside(tmp_path) as beside:
+        beside.mkdir()
+        (beside / "video").write_text("whole")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
 
 
 @run_wanted
@@ -2738,6 +2802,15 @@ def test_download_into_a_folder_that_cannot_be(serve, tmp_path, monkeypatch):
     for folder in ("file", "file/deeper"):
         monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / folder))
         bad_input(lambda: load_dataset(HOPPER), "--dataset-path", str(tmp_path / folder))
+
+
+def test_nothing_is_downloaded_that_could_not_be_read(serve, tmp_path, monkeypatch):
+    serve()
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "data"))
+    find_spec = d4rl_tasks.find_spec
+    monkeypatch.setattr(d4rl_tasks, "find_spec", lambda name: None if name == "h5py" else find_spec(name))
+    bad_input(lambda: load_dataset(HOPPER), "h5py is not installed")
+    assert not (tmp_path / "data").exists()
 
 
 def test_download_goes_to_d4rls_own_folder_by_default(serve, tmp_path, monkeypatch):

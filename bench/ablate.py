@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
+import command_line
 import dql
 import fast_sampler
 from d4rl_tasks import BadInput, load_dataset, make_envs, normalized_score
@@ -125,8 +125,9 @@ def train_group(args: Args, settings: Sequence[Setting], dataset: Batch, bar) ->
     device = agents[0].device
     generators = [torch.Generator(device).manual_seed(seed) for _, _, seed in settings]
     # as dql.train seeds its last evaluation: one agent's score is that of `python dql.py --seed`
-    eval_generators = [torch.Generator(device).manual_seed(s * 1_000_003 + own.num_updates) for _, _, s in settings]
-    trained, updates, act = dql.make_steps(own, agents, dataset, generators, eval_generators)
+    noise_seeds = [dql.eval_noise_seed(seed, own.num_updates) for _, _, seed in settings]
+    eval_generators = [torch.Generator(device).manual_seed(seed) for seed in noise_seeds]
+    trained, updates, act = fast_sampler.make_steps(own, agents, dataset, generators, eval_generators)
 
     tenth = max(1, own.num_updates // 10)  # what comes before it warms up what is timed
     if own.num_updates > tenth:
@@ -292,7 +293,7 @@ def ablate(args: Args) -> None:
 
 def main() -> None:
     try:
-        ablate(tyro.cli(Args))
+        ablate(command_line.parsed(Args, sys.argv[1:], "bench/ablate.py"))
     except BadInput as error:
         print(f"ablate.py: {error}", file=sys.stderr)
         sys.exit(2)

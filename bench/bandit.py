@@ -53,7 +53,7 @@ Sampler = Callable[[int], Tensor]  # n -> n actions (n, 2)
 class Args:
     """The paper's bandit."""
 
-    out: Path = Path(__file__).resolve().parent / "results" / "bandit"
+    out: Path = Path("runs/bandit")
     """folder to write"""
     seed: int = 0
     """seed of data, weights and noise"""

@@ -1,12 +1,13 @@
 """Draws cost against N, batch size and replicas from what `pytest bench/ --benchmark-json=FILE` wrote.
 
-    python bench/plot_speed.py FILE... --out bench/results/speed.png
+    python bench/plot_speed.py FILE... --out PICTURE
 
 Each file is one line in each panel, named by its device: milliseconds of one update, median of the rounds.
 """
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,8 +26,8 @@ PANELS = {
 @dataclass
 class Args:
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """JSON files of pytest-benchmark"""
-    out: Path = Path("bench/results/speed.png")
+    """JSON files of pytest-benchmark, at least one"""
+    out: Path
     """the picture to write"""
 
 
@@ -42,6 +43,8 @@ def points(file: dict, test: str) -> list[tuple[int, float]]:
 
 
 def main(args: Args) -> None:
+    if not args.files:
+        sys.exit("plot_speed.py: give a JSON file that pytest bench/test_speed.py --benchmark-json=FILE wrote")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (test, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         axes.set(xlabel=label, ylabel="ms an update", xscale="log", yscale="log")

@@ -14,7 +14,6 @@ On Ray every machine sees this folder, --runs-dir and the data under the same pa
 """
 
 import csv
-import io
 import json
 import os
 import re
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext, redirect_stderr, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from itertools import groupby
@@ -32,7 +31,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +52,7 @@ class Args:
     """seeds 0, 1, ... of each task"""
     runs_dir: Path = Path("runs")
     """where the runs' folders are and go"""
-    out: Path = ROOT / "bench" / "results" / "table1"
+    out: Path = Path("runs/table1")
     """folder for table1.md, table1.csv and runs.csv"""
     devices: list[str] = field(default_factory=list)
     """cuda:0 cuda:1 ..., or cpu. Default: every GPU, cpu where there is none. On Ray only the kind counts"""
@@ -368,14 +366,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def parse(argv: list[str]) -> tuple[Args, list[str]]:
     """The arguments, and the words passed on to dql.py. Raises BadInput."""
-    complaint = io.StringIO()
-    try:
-        with redirect_stderr(complaint):
-            args, words = tyro.cli(Args, args=argv, return_unknown_args=True)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise BadInput(command_line.as_line(complaint.getvalue())) from None
+    args, words = command_line.parsed(Args, argv, "bench/table1.py", return_unknown_args=True)
     if args.quick:
         return replace(args, tasks=["halfcheetah-demo-v0"], seeds=2), [*QUICK, *words]
     for name in ("seeds", "jobs_per_device"):

@@ -27,6 +27,7 @@ import torch
 
 import compiling
 import dql
+import fast_sampler
 
 STATE_DIM, ACTION_DIM, ROWS = 17, 6, 100_000
 DEVICE = dql.choose_device("auto")
@@ -54,7 +55,7 @@ def steps(replicas: int = 1, states: int = 1, **args) -> tuple[list, Callable, C
     agents = [dql.make_agent(args, seed) for seed in range(replicas)]
     generators = [torch.Generator(DEVICE).manual_seed(k) for k in range(2 * replicas)]
     data = dql.make_batch(arrays(), "none", DEVICE)
-    return dql.make_steps(args, agents, data, generators[:replicas], generators[replicas:])
+    return fast_sampler.make_steps(args, agents, data, generators[:replicas], generators[replicas:])
 
 
 def trainer(**args) -> Callable[[], torch.Tensor]:

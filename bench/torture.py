@@ -18,6 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a forked child could not use the threads of its parent
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # compiles in the child, and dies with it
@@ -34,9 +35,12 @@ import tyro
 from tqdm import tqdm
 
 import dql
+import fast_sampler
 from command_line import read_args
 from d4rl_tasks import TASKS
 from run_folder import Progress, check_health, held_signals, log, save, seed_folders, versions, write_whole
+
+KILLED = {"one": {}, "several": {"num_seeds": 2}, "compiled": {"compile": True}}
 
 
 @dataclass
@@ -45,11 +49,11 @@ class Torture:
 
     kills: int = 20
     """SIGKILLs for each of the cases one, several and compiled"""
-    cases: tuple[str, ...] = ("one", "several", "compiled")
-    """of one, several, compiled, memory, overhead, sigterm"""
+    cases: tuple[Literal["one", "several", "compiled", "memory", "overhead", "sigterm"], ...] = tuple(KILLED)
+    """what to try"""
     memory_updates: int = 200_000
     """length of the run whose memory is watched"""
-    out: Path = Path(__file__).parent / "results" / "torture.json"
+    out: Path = Path("runs/torture.json")
     """where results go; those of other cases that are there stay"""
     seed: int = 0
     """of the moments of the kills"""
@@ -185,7 +189,7 @@ def overhead(folder: Path) -> dict:
     data = dql.load_dataset(args.env_id)
     dataset = dql.make_batch(data, args.reward, device)
     agent, generators = dql.make_agent(args, 0), [torch.Generator().manual_seed(0)]
-    _, updates, _ = dql.make_steps(args, [agent], dataset, generators, generators)
+    _, updates, _ = fast_sampler.make_steps(args, [agent], dataset, generators, generators)
     now = Progress.begin(1, device, data)
 
     def bare() -> None:
@@ -253,7 +257,6 @@ def stop_demo(folder: Path) -> dict:
 def main() -> None:
     args = tyro.cli(Torture)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
-    changes = {"one": {}, "several": {"num_seeds": 2}, "compiled": {"compile": True}}
     with tempfile.TemporaryDirectory() as temporary:
         for case in args.cases:
             folder = Path(temporary, case)
@@ -267,11 +270,12 @@ def main() -> None:
             elif case in ("overhead", "sigterm"):
                 results[case] = {"overhead": overhead, "sigterm": stop_demo}[case](folder)
             else:
-                runs = tiny_args(folder, **changes[case])
+                runs = tiny_args(folder, **KILLED[case])
                 found = kill_and_compare(runs, args.kills, folder, random.Random(args.seed))
                 results["kills"] = results.get("kills", {}) | {case: found}
-            print(case, json.dumps(results["kills"][case] if case in changes else results[case]), flush=True)
+            print(case, json.dumps(results["kills"][case] if case in KILLED else results[case]), flush=True)
             results["versions"] = versions()
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             write_whole(args.out, lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
 
 
