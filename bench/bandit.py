@@ -1,6 +1,6 @@
 """The paper's bandit (section 4, Figure 1): which policy classes hold four modes, and which learn to choose the best.
 
-    python bench/bandit.py                         # writes bench/results/bandit/
+    python bench/bandit.py                         # writes runs/bandit/
 
 One state, actions (2,) around four corners, a reward for each corner. Four policies imitate the data: a tanh-Gaussian
 by maximum likelihood, BCQ's conditional VAE, a tanh-Gaussian by BEAR's MMD, and diffusion (Eq. 2). Then each way learns

@@ -18,6 +18,7 @@ same machine gives the same file again. The committed one was made so, with --ag
     40,000 rows, 3,097,928 bytes
 """
 
+import importlib.util
 import os
 import platform
 import sys
@@ -26,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if importlib.util.find_spec("stable_baselines3") is None:
+    sys.exit("make_demo.py: pip install stable-baselines3==2.9.2")
 
 import gymnasium
 import h5py
