@@ -59,13 +59,20 @@ def as_line(complaint: str) -> str:
     return re.split(r"Got errors|Argument helptext|For full helptext", " ".join(text.split()))[0].strip()
 
 
-def check_ranges(args: Args) -> None:
-    """Raises BadInput where a value is of another type, out of its range, or goes with no other."""
-    if args.eta == 0 and args.eval_candidates > 1:
-        raise BadInput("--eta 0 trains no critics to choose by: leave out --eval-candidates, or give a small --eta")
+def typed(args: Args) -> Args:
+    """args, with paths that are words made Paths. Raises BadInput where a value is not of its field's type."""
+    words = {f.name: getattr(args, f.name) for f in fields(args) if f.type in (Path, Path | None)}
+    args = replace(args, **{name: Path(word) for name, word in words.items() if isinstance(word, str)})
     for f in fields(args):
         if not fits(getattr(args, f.name), f.type):
             raise BadInput(f"--{f.name.replace('_', '-')} cannot be {getattr(args, f.name)!r} (see --help)")
+    return args
+
+
+def check_ranges(args: Args) -> None:
+    """Raises BadInput where a number is out of its range, or goes with no other."""
+    if args.eta == 0 and args.eval_candidates > 1:
+        raise BadInput("--eta 0 trains no critics to choose by: leave out --eval-candidates, or give a small --eta")
     for names, good, wanted in (
         ("num_seeds num_updates batch_size num_steps average_every eval_every eval_episodes eval_candidates log_every "
          "checkpoint_every",
@@ -98,8 +105,7 @@ def read_args(folder: Path) -> Args:
         if not (folder / "args.json").is_file():  # a pipe would be waited for
             raise OSError("it has no file args.json")
         saved = json.loads((folder / "args.json").read_text())
-        paths = [f.name for f in fields(Args) if f.type in (Path, Path | None)]
-        return with_settings(Args(**saved | {k: Path(saved[k]) for k in paths if saved[k] is not None}))
+        return with_settings(Args(**saved))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadInput(f"{folder} is not the folder of a run: {error}") from None
 
@@ -117,6 +123,7 @@ def fits(value: object, kind: object) -> bool:
 
 def resumed_args(given: Args) -> Args:
     """The arguments of the run to resume, perhaps with more updates. Raises BadInput where another flag differs."""
+    given = typed(given)
     saved, group = read_args(given.resume), given.resume.resolve().parent
     if given.resume.resolve().name.startswith("seed-") and (group / "args.json").exists():
         raise BadInput(f"{given.resume} is a part of the run {group}: resume that, or a copy of the part elsewhere")

@@ -294,7 +294,8 @@ def download(env_id: str, path: Path) -> None:
     The bytes go to path.part, where an interrupted download goes on; the whole file is checked and only then renamed.
     Raises: BadInput with the reasons, the URL, the path and the other way to give the data.
     """
-    _package("tqdm"), _package("h5py")  # before anything is fetched
+    for package in ("tqdm", "h5py"):  # before anything is fetched
+        _package(package)
     task, part, reasons = TASKS[env_id], path.with_name(path.name + ".part"), []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ default is what the official code effectively does (but for 2, 11 and 12), since
     for it does neither.
 10. No gradient is computed that is thrown away (the target's chain, the critics' in the policy step): same numbers.
 11. --eta 0 clips gradients as the rest does; the official Diffusion-BC does not (--grad-norm 0).
-12. Evaluation episode k is reset with seed + 100 + k, so that neighbouring seeds share starts; the official environment
+12. Evaluation episode k is reset with seed + 100 + k (neighbouring seeds share most starts); the official environment
     is seeded once an evaluation, with seed + 100, and draws on.
 """
 
@@ -76,7 +76,7 @@ class Args:
     num_seeds: int = 1
     """agents trained at once, of seeds seed, seed + 1, ..., each as it would be alone (on a GPU up to rounding)"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto is cuda where there is one"""
+    """cpu, cuda, cuda:1, ...; auto is cuda where there is one, and for a resumed run what it was begun with"""
     compile: bool | None = None
     """torch.compile losses and gradients: a minute or more at the start. None: where the run is long enough"""
     cudagraphs: bool | None = None
@@ -187,6 +187,7 @@ SETTINGS = {
 
 def with_settings(args: Args) -> Args:
     """args with every None that the task's settings answer filled in. Raises BadInput where a value makes no sense."""
+    args = command_line.typed(args)
     task_of(args.env_id)
     if args.dataset_path:
         args = replace(args, dataset_path=command_line.absolute(args.dataset_path))
@@ -576,7 +577,7 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.zeros((), device=name).device  # "cuda" becomes "cuda:0", which is there
     except Exception as error:  # torch raises several kinds here
-        raise BadInput(f"--device {name} cannot be used: {reason(error)}") from None
+        raise BadInput(f"--device {name} (given, or the resumed run's) cannot be used: {reason(error)}") from None
 
 
 def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -> Batch:
@@ -634,14 +635,17 @@ def evaluate_seeds(args: Args, act: Callable[[Tensor], Tensor], envs: list, gene
     return normalized_score(args.env_id, returns).reshape(len(seeds), -1)
 
 
-def load_policy(folder: str | Path, seed: int = 0, device: str = "auto", **acting) -> Callable:
+def load_policy(folder: str | Path, seed: int = 0, device: str = "auto", eval_candidates: int | None = None,
+                eval_temperature: float | None = None, eval_average: bool | None = None) -> Callable:  # fmt: skip
     """The trained policy of a run: states (S,) or (E, S), numpy or torch, in; actions of the same kind out.
 
-    acting: eval_candidates, eval_temperature, eval_average where they are to differ from the run's. Raises BadInput
-    where the folder holds no such run, the policy ValueError where states are not the task's.
+    How it acts is the run's where nothing is said. Raises BadInput where the folder holds no such run, the policy
+    ValueError where states are not the task's.
     """
     folder = Path(folder)
-    args = replace(command_line.read_args(folder), device=device, compile=False, **acting)
+    args = replace(command_line.read_args(folder), device=device, compile=False)
+    acting = {"eval_candidates": eval_candidates, "eval_temperature": eval_temperature, "eval_average": eval_average}
+    args = replace(args, **{name: value for name, value in acting.items() if value is not None})
     if args.num_seeds > 1:
         raise BadInput(f"{folder} holds {args.num_seeds} policies: give one of its folders seed-*")
     task = TASKS[args.env_id]

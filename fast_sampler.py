@@ -47,7 +47,7 @@ def choose_path(args: Args, device: torch.device) -> Args:
     """args with --compile and --cudagraphs chosen, where they were not, by device and length. Raises BadInput."""
     on_gpu = device.type == "cuda"
     if args.cudagraphs and not on_gpu:
-        raise BadInput("--cudagraphs (given, or the resumed run's) needs --device cuda and a GPU: --no-cudagraphs")
+        raise BadInput("--cudagraphs (given, or the resumed run's) needs --device cuda and a GPU")
     lacks = lacks_to_compile(on_gpu)
     if args.compile and lacks:
         raise BadInput(f"--compile needs {lacks}: install it, or give --no-compile")

@@ -149,8 +149,9 @@ def start_folder(args: Args) -> Path:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    except OSError as error:
-        raise BadInput(f"cannot write the run's folder {folder}: {error.strerror}; choose a --runs-dir") from None
+    except (OSError, BadInput) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise BadInput(f"cannot write the run's folder {folder}: {why}; choose a --runs-dir") from None
     return folder
 
 
@@ -467,9 +468,11 @@ def files_beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
         yield beside
         for path in beside.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
             path.replace(folder / path.name)
     except OSError as error:
-        raise BadInput(f"cannot write in {beside}: {error.strerror or error}") from None
+        raise BadInput(f"cannot write in {beside}: {error}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

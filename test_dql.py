@@ -498,7 +498,7 @@ def test_a_run_can_end_with_a_video(tmp_path, monkeypatch):
     pytest.importorskip("moviepy")
     folder = Path(dql.train(tiny_args(tmp_path, num_updates=2, capture_video=True))["folder"])
     (video,) = folder.glob("*.mp4")
-    assert video.stat().st_size > 1000
+    assert video.stat().st_size > 1000 and not list(folder.glob(".part*"))
     video.unlink()  # as where a run was killed before it was there
     dql.train(Args(resume=folder, capture_video=True, device="cpu"))
     assert video.stat().st_size > 1000
@@ -897,6 +897,7 @@ def test_load_policy(tmp_path):
     average, online = (dql.load_policy(folder, device="cpu", eval_candidates=1, eval_average=x) for x in (True, False))
     assert torch.equal(torch.get_rng_state(), before)
     assert not np.array_equal(average(states), online(states))
+    assert not np.array_equal(online(states), dql.load_policy(folder, device="cpu")(states))
     for wrong in (np.zeros(22), np.zeros((11, 2)), 0.0):  # of 22 numbers two states could be made
         with pytest.raises(ValueError, match="have 11 numbers each"):
             policy(wrong)
@@ -1456,7 +1457,7 @@ def fails(capsys, *argv: str) -> str:
     (["--batch-size"], "--batch-size"),
     (["--no-such-flag"], "--no-such-flag"),
     (["--device", "tpu9"], "--device is tpu9, it must be"),
-    (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
+    (["--device", "cuda:99"], "--device cuda:99 (given, or the resumed run's) cannot be used"),
     (["--seed", "18446744073709551616"], "below 2^31"),
     (["--dataset-path", "no-such-file.hdf5"], "no-such-file.hdf5"),
     (["--resume", "no-such-run"], "no-such-run is not the folder of a run"),
@@ -1469,6 +1470,7 @@ def test_bad_flags_get_one_line(argv, says, capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wrong", [
     {"reward": "standardise"}, {"schedule": "foo"}, {"env_backend": "xx"}, {"batch_size": 2.5}, {"tau": "1"},
+    {"eta": "1"}, {"eta": 0.0, "eval_candidates": "5"}, {"env_id": ["a"]},
 ])  # fmt: skip
 def test_a_value_of_another_kind_is_refused_from_python_too(wrong):
     with pytest.raises(BadInput, match="cannot be"):
@@ -1479,11 +1481,11 @@ def test_a_value_of_another_kind_is_refused_from_python_too(wrong):
 def test_a_folder_that_cannot_be_begun_is_not_left_there(tmp_path, monkeypatch):
     args = dql.with_settings(tiny_args(tmp_path, num_seeds=2))
 
-    def full(path, _):
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_folder, "write_whole", full)
-    with pytest.raises(BadInput, match="No space left on device"):
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"No space left on device.*--runs-dir"):
+        patch.setattr(Path, "write_text", full)
         run_folder.start_folder(args)
     assert list(args.runs_dir.iterdir()) == []
 

@@ -47,8 +47,8 @@ from d4rl_tasks import DEMO_FILE, make_env, normalized_score
 class Args:
     env_id: str = "halfcheetah-demo-v0"
     """the task whose environment is used"""
-    out: Path = DEMO_FILE
-    """the file to write"""
+    out: Path = Path("runs") / DEMO_FILE.name
+    """the file to write; the committed one is in demo/"""
     seed: int = 1
     """seed of SAC, of the environments and of the noise"""
     total_steps: int = 60_000
@@ -114,6 +114,7 @@ def main(args: Args) -> None:
     data = {name: value if value.dtype == bool else value.astype(np.float32) for name, value in data.items()}
     modules = (torch, stable_baselines3, gymnasium, mujoco, np, h5py)
     versions = [f"{module.__name__} {module.__version__}" for module in modules]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     write(args.out, data, {
         "made_by": f"bench/make_demo.py: noise on the mean actions of SAC after {model.num_timesteps} steps",
         "env_id": args.env_id, "seed": args.seed, "noise": args.noise, "returns": "\n".join(lines),

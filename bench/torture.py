@@ -31,13 +31,12 @@ import numpy as np
 import torch
 import torch._dynamo
 import torch.utils.tensorboard
-import tyro
 from tqdm import tqdm
 
 import dql
 import fast_sampler
-from command_line import read_args
-from d4rl_tasks import TASKS
+from command_line import parsed, read_args
+from d4rl_tasks import TASKS, BadInput
 from run_folder import Progress, check_health, held_signals, log, save, seed_folders, versions, write_whole
 
 KILLED = {"one": {}, "several": {"num_seeds": 2}, "compiled": {"compile": True}}
@@ -255,10 +254,15 @@ def stop_demo(folder: Path) -> dict:
 
 
 def main() -> None:
-    args = tyro.cli(Torture)
+    try:
+        args = parsed(Torture, sys.argv[1:], "bench/torture.py")
+    except BadInput as error:
+        print(f"torture.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
-        for case in args.cases:
+        for case in dict.fromkeys(args.cases):
             folder = Path(temporary, case)
             folder.mkdir()
             if case == "memory":
@@ -275,7 +279,6 @@ def main() -> None:
                 results["kills"] = results.get("kills", {}) | {case: found}
             print(case, json.dumps(results["kills"][case] if case in KILLED else results[case]), flush=True)
             results["versions"] = versions()
-            args.out.parent.mkdir(parents=True, exist_ok=True)
             write_whole(args.out, lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
 
 
