@@ -510,10 +510,10 @@ class DiffusionQL:
 
     def clip(self, grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """A gradient, scaled to --grad-norm where it is longer, and its norm before; as clip_grad_norm_ does it."""
-        # on a GPU all norms in few launches; on a CPU one by one, which the compiler fuses with the rest
-        norm = nn.utils.get_total_norm(grads, foreach=self.device.type == "cuda")
+        # no foreach operations: on a GPU Inductor fuses the norm into one of their kernels, where all others read it
+        norm = nn.utils.get_total_norm(grads, foreach=False)
         scale = ((self.args.grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1)
-        return torch._foreach_mul(grads, scale), norm
+        return [grad * scale for grad in grads], norm
 
     @torch.no_grad()
     def move_averages(self) -> None:
@@ -571,7 +571,7 @@ def descend(optimizer: torch.optim.Adam, grads: list[Tensor]) -> None:
 def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA where there is one. Raises BadInput where it cannot be used."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise BadInput(f"--device is {name}, it must be auto, cpu, cuda, or cuda:1 and so on")
     try:
@@ -660,7 +660,7 @@ def load_policy(folder: str | Path, seed: int = 0, device: str = "auto", eval_ca
             raise ValueError(f"states of {args.env_id} have {task.state_dim} numbers each, not shape {tuple(x.shape)}")
         rows = x.reshape(-1, task.state_dim)
         actions = agent.act(rows, agent.draw_act(len(rows), generator)).reshape(*x.shape[:-1], task.action_dim)
-        return actions if isinstance(states, Tensor) else actions.cpu().numpy()
+        return actions.to(states.device) if isinstance(states, Tensor) else actions.cpu().numpy()
 
     return policy
 
@@ -705,7 +705,6 @@ def run(args: Args) -> dict:
     now = Progress.begin(len(seeds), device, data)
     if args.resume and (args.resume / "checkpoint.pt").exists():
         now = run_folder.restore(args, agents, generators, now)
-    agents, updates, act = fast_sampler.make_steps(args, agents, dataset, generators, eval_generators)
     if args.resume:
         run_folder.note_length(args)
     folder = args.resume or run_folder.start_folder(args)
@@ -715,6 +714,7 @@ def run(args: Args) -> dict:
           f"of {len(seeds)} seed(s) on {device}, {path}")  # fmt: skip
 
     with nullcontext() if args.resume else run_folder.only_writer(folder):
+        agents, updates, act = fast_sampler.make_steps(args, agents, dataset, generators, eval_generators)
         if args.compile:  # now, and not where a signal would have to wait for it
             with fast_sampler.unchanged(agents, generators):
                 updates(1)

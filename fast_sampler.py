@@ -17,7 +17,6 @@ every path equal to the eager one.
 import copy
 import gc
 import importlib.util
-import math
 import os
 import shlex
 import shutil
@@ -193,20 +192,13 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
     act = each(DiffusionQL.act)
     many.critic_loss, many.policy_losses = each(DiffusionQL.critic_loss), each(DiffusionQL.policy_losses)
     many.act = lambda states, draws: act(states.unflatten(0, (K, -1)), draws).flatten(0, 1)
-    many.clip = lambda grads: clip_each(grads, one.args.grad_norm)
+    many.clip = torch.vmap(one.clip)
     many.draw_index = lambda rows, generators: torch.stack([one.draw_index(rows, g) for g in generators])
     many.draw = lambda generators: Draws(*map(torch.stack, zip(*map(one.draw, generators), strict=True)))
     many.draw_act = draw_act
     if compile:
         many.compile()
     return many
-
-
-def clip_each(grads: list[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
-    """DiffusionQL.clip for each replica by itself: gradients (K, ...) and norms (K,)."""
-    norm = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads]).norm(dim=0)
-    scale = ((max_norm or math.inf) / (norm + 1e-6)).clamp(max=1)
-    return [grad * scale.view(-1, *[1] * (grad.dim() - 1)) for grad in grads], norm
 
 
 # ----------------------------------------------------------------------------- CUDA graphs

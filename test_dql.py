@@ -1187,6 +1187,23 @@ def test_replicas_that_do_not_fit_are_refused():
         replicate([tiny_agent(), older])
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_no_foreach_operation_is_compiled(several):
+    """Inductor makes them one kernel on a GPU, of which one part would make the norm that all others read."""
+    seen = []
+
+    def look(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    agent = replicate([tiny_agent(), tiny_agent()]) if several else tiny_agent()
+    generator = [torch.Generator() for _ in range(2)] if several else torch.Generator()
+    batch = Batch(*(torch.stack([x, x]) for x in random_batch(tiny_agent()))) if several else random_batch(agent)
+    for function in (agent.critic_gradient, agent.policy_gradient):
+        torch.compile(function, backend=look, fullgraph=True)(batch, agent.draw(generator))
+    assert len(seen) > 100 and not [name for name in seen if "foreach" in name]
+
+
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=can_compile), pytest.param("cuda", marks=[*DEVICES[1].marks, gpu_compiles])]
 )

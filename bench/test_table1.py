@@ -245,7 +245,7 @@ def test_ray_goes_on_where_a_worker_was_killed(undisturbed, tmp_path, monkeypatc
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         address = ray.get_runtime_context().gcs_address
-        with started(command(tmp_path, folder / "hopper.hdf5", "--ray", address)) as process:
+        with started(command(tmp_path, folder / "hopper.hdf5", "--ray", address, "--devices", "cpu")) as process:
             wait_until(lambda: in_mid_run(tmp_path, 1))
             (worker,) = {parent for _, parent, words in trainers(tmp_path) if "--seed 1 " in words}
             os.kill(worker, signal.SIGKILL)
