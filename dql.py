@@ -41,7 +41,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -596,7 +596,7 @@ def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -
 # ----------------------------------------------------------------------------- evaluation
 
 
-def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: list[int], device: torch.device,
+def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: Sequence[int], device: torch.device,
              check: Callable[[], None] = lambda: None) -> np.ndarray:  # fmt: skip
     """Returns (E,) of one episode in each of E environments, side by side: one batch of actions (E, A) a time step.
 
