@@ -510,7 +510,7 @@ class DiffusionQL:
 
     def clip(self, grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """A gradient, scaled to --grad-norm where it is longer, and its norm before; as clip_grad_norm_ does it."""
-        # no foreach operations: on a GPU Inductor fuses the norm into one of their kernels, where all others read it
+        # no foreach operations: for a GPU Inductor makes them one kernel, in whose midst it would compute the norm
         norm = nn.utils.get_total_norm(grads, foreach=False)
         scale = ((self.args.grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1)
         return [grad * scale for grad in grads], norm
@@ -577,7 +577,7 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.zeros((), device=name).device  # "cuda" becomes "cuda:0", which is there
     except Exception as error:  # torch raises several kinds here
-        raise BadInput(f"--device {name} (given, or the resumed run's) cannot be used: {reason(error)}") from None
+        raise BadInput(f"--device {name} (given, found or resumed) cannot be used: {reason(error)}") from None
 
 
 def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -> Batch:
@@ -705,8 +705,6 @@ def run(args: Args) -> dict:
     now = Progress.begin(len(seeds), device, data)
     if args.resume and (args.resume / "checkpoint.pt").exists():
         now = run_folder.restore(args, agents, generators, now)
-    if args.resume:
-        run_folder.note_length(args)
     folder = args.resume or run_folder.start_folder(args)
     path = f"{'compiled' if args.compile else 'eager'}{' and captured' * args.cudagraphs}"
     path += " (compiling takes a minute or more)" * args.compile
@@ -719,6 +717,8 @@ def run(args: Args) -> dict:
             with fast_sampler.unchanged(agents, generators):
                 updates(1)
                 act(torch.zeros(len(envs), agents[0].state_dim, device=device))
+        if args.resume:
+            run_folder.note_length(args)
         score = partial(evaluate_seeds, args, act, envs, eval_generators)
         warn = run_folder.q_alarm(dataset.reward, args)
         run_loop(args, folder, now, agents, generators, updates, score, warn)

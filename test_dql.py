@@ -1189,7 +1189,7 @@ def test_replicas_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("several", [False, True])
 def test_no_foreach_operation_is_compiled(several):
-    """Inductor makes them one kernel on a GPU, of which one part would make the norm that all others read."""
+    """For a GPU Inductor makes them one kernel, of which one part would compute the norm that all others read."""
     seen = []
 
     def look(graph, _):
@@ -1474,7 +1474,7 @@ def fails(capsys, *argv: str) -> str:
     (["--batch-size"], "--batch-size"),
     (["--no-such-flag"], "--no-such-flag"),
     (["--device", "tpu9"], "--device is tpu9, it must be"),
-    (["--device", "cuda:99"], "--device cuda:99 (given, or the resumed run's) cannot be used"),
+    (["--device", "cuda:99"], "--device cuda:99 (given, found or resumed) cannot be used"),
     (["--seed", "18446744073709551616"], "below 2^31"),
     (["--dataset-path", "no-such-file.hdf5"], "no-such-file.hdf5"),
     (["--resume", "no-such-run"], "no-such-run is not the folder of a run"),
