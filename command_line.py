@@ -1,7 +1,7 @@
-"""What a run was asked for: the flags of dql.py, those that a run's folder keeps in args.json, and what fits neither.
+"""The arguments of a run: parsed from dql.py's command line, read back from a folder's args.json, and checked.
 
-`Args` itself, its defaults and the paper's settings are in dql.py. All that is wrong here raises BadInput, whose one
-line says what to mend.
+`Args` itself, its defaults and the paper's settings are in dql.py. Whatever is wrong raises BadInput, whose one line
+says how to mend it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parse(argv: list[str]) -> Args:
     """The command line of dql.py. Raises BadInput."""
     from dql import Args  # not above: that file imports this one
 
-    words = []  # what may be None wants a value: --compile alone is --compile True, --no-compile is --compile False
+    words = []  # tyro wants a value for what may be None: --compile becomes --compile True, --no-compile False
     for word, after in pairwise([*argv, "--"]):
         flag = word.replace("--no-", "--", 1)
         if flag in ("--compile", "--cudagraphs", "--max-q-backup") and after not in ("True", "False", "None"):
@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> Args:
 
 
 def parsed(kind: type, words: list[str], script: str, **options):
-    """What tyro.cli makes of words, with its boxed complaint as one line. Raises BadInput."""
+    """tyro.cli(kind) of words. Raises BadInput, with tyro's boxed complaint as one line."""
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
@@ -60,7 +60,7 @@ def as_line(complaint: str) -> str:
 
 
 def typed(args: Args) -> Args:
-    """args, with paths that are words made Paths. Raises BadInput where a value is not of its field's type."""
+    """Makes Paths of strings that should be paths. Raises BadInput if a value is not of its field's type."""
     words = {f.name: getattr(args, f.name) for f in fields(args) if f.type in (Path, Path | None)}
     args = replace(args, **{name: Path(word) for name, word in words.items() if isinstance(word, str)})
     for f in fields(args):
@@ -70,7 +70,7 @@ def typed(args: Args) -> Args:
 
 
 def check_ranges(args: Args) -> None:
-    """Raises BadInput where a number is out of its range, or goes with no other."""
+    """Raises BadInput if a number is out of range, or does not go with another."""
     if args.eta == 0 and args.eval_candidates > 1:
         raise BadInput("--eta 0 trains no critics to choose by: leave out --eval-candidates, or give a small --eta")
     for names, good, wanted in (
@@ -90,7 +90,7 @@ def check_ranges(args: Args) -> None:
 
 
 def absolute(path: Path) -> Path:
-    """What it is from any folder: a resumed run may be in another."""
+    """The absolute path: a run may be resumed from another working directory."""
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
@@ -111,7 +111,7 @@ def read_args(folder: Path) -> Args:
 
 
 def fits(value: object, kind: object) -> bool:
-    """Whether a value is of a field's type: a class, a word of Literal, or one of several."""
+    """Whether a value is of a field's type: a class, a Literal, or a union."""
     if get_args(kind):
         return any(fits(value, one) for one in get_args(kind))
     if not isinstance(kind, type):
@@ -122,7 +122,7 @@ def fits(value: object, kind: object) -> bool:
 
 
 def resumed_args(given: Args) -> Args:
-    """The arguments of the run to resume, perhaps with more updates. Raises BadInput where another flag differs."""
+    """The arguments of the run to resume, perhaps with more updates. Raises BadInput if any other flag differs."""
     given = typed(given)
     saved, group = read_args(given.resume), given.resume.resolve().parent
     if given.resume.resolve().name.startswith("seed-") and (group / "args.json").exists():
@@ -136,7 +136,7 @@ def resumed_args(given: Args) -> Args:
 
 
 def refuse_given(args: Args, argv: list[str]) -> None:
-    """Raises BadInput where a flag was given, be it with its default value, and the run to resume has it otherwise."""
+    """Raises BadInput if a flag on the command line, even with its default value, differs from the run to resume."""
     if not args.resume:
         return
     words = [word.split("=")[0] for word in argv if word.startswith("--")]
@@ -145,7 +145,7 @@ def refuse_given(args: Args, argv: list[str]) -> None:
 
 
 def refuse_others(given: Args, saved: Args, names: list[str]) -> None:
-    """Raises BadInput where a resumed run was given other arguments of these names than it has."""
+    """Raises BadInput if any of the arguments of these names differs from those of the run to resume."""
     given = replace(given, dataset_path=given.dataset_path and absolute(given.dataset_path))
     differ = [
         f"--{name.replace('_', '-')} {getattr(given, name)} (the run's: {getattr(saved, name)})"
@@ -161,5 +161,5 @@ def refuse_others(given: Args, saved: Args, names: list[str]) -> None:
 
 
 def may_grow(num_updates: object, more: object, lr_decay: bool) -> bool:
-    """Whether a run of num_updates may become one of more: what it has done must not depend on where it was to end."""
+    """Whether a run may be extended to more updates: what it has done must not depend on where it was to end."""
     return type(num_updates) is type(more) is int and num_updates < more and not lr_decay

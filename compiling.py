@@ -1,12 +1,12 @@
 """How dql.py's losses, gradients and acting are compiled, and what carries out their matrix products on a CPU.
 
 A loss and its gradient are one graph: no autograd engine runs, and nothing is computed twice or saved between the two.
-On x86 a pass over the graph mends two weaknesses of PyTorch's products, which are MKL's; mathematics and dql.py's text
-stay as they are. A product with a bias first copies that into every row of its result: here the kernel that reads the
-result adds it. And on AMD's processors MKL keeps to AVX2: where they have AVX-512 float32 products are oneDNN's, in
-PyTorch too, which takes it and then needs half the time for a layer of 256 x 256. On Intel's MKL takes AVX-512 as well,
-and is the faster. Which of the two is chosen is a matter of the processor, never of a measurement: a resumed run has
-the same bits.
+On x86 a pass over the graph mends two weaknesses of PyTorch's products, which are MKL's; the mathematics and the text
+of dql.py stay as they are. First, a product with a bias copies that into every row of its result: here the kernel that
+reads the result adds it. Second, MKL uses only AVX2 on AMD's processors: where these have AVX-512, float32 products go
+to oneDNN, also part of PyTorch, which uses it and takes half the time for a layer of 256 x 256. On Intel's processors
+MKL uses AVX-512 too, and is faster. The choice depends on the processor, never on a measurement: a resumed run has the
+same bits.
 """
 
 import copy
@@ -19,25 +19,25 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from run_folder import instructions, processor_vendor
 
 torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad may be called in what is compiled
-THIN = 32  # a product with a dimension below gains nothing: measured with batches of 50 to 500
+THIN = 32  # a product with a smaller dimension gains nothing: measured with batches of 50 to 500
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
-    """function, compiled whole for the shapes it is called with, with the gradients that it takes."""
+    """Compiles function whole, with the gradients that it takes, for the shapes it is called with."""
     options = {}
     if device.type == "cpu" and processor_vendor() != "other":
-        # one C++ file for a graph's kernels and their calls takes less time to compile; 2.11's at times is no valid C++
+        # one C++ file for a graph's kernels and their calls compiles faster; torch 2.11 writes invalid C++ at times
         options = {"post_grad_custom_post_pass": FASTER_PRODUCTS, "cpp_wrapper": torch.__version__ >= (2, 13)}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 class FasterProducts(CustomGraphPass):
-    """Takes biases out of a compiled graph's products, and where it pays gives these to oneDNN, each with its bias.
+    """Takes biases out of a compiled graph's products or, where it pays, hands these to oneDNN, biases included.
 
-    Not to oneDNN go thin ones, and those with part of a wider matrix.
+    Thin products, and those with part of a wider matrix, do not go to oneDNN.
     """
 
-    def uuid(self) -> object:  # graphs that another version of this, or another processor, compiled are not reused
+    def uuid(self) -> object:  # no reuse of graphs that another version of this, or another processor, compiled
         return get_hash_for_files((__file__,)), instructions()
 
     def __call__(self, graph: torch.fx.Graph) -> None:
@@ -58,18 +58,18 @@ class FasterProducts(CustomGraphPass):
                 node.target, node.args = torch.ops.aten.add.Tensor, (mm, bias)
 
 
-FASTER_PRODUCTS = FasterProducts()  # one for all, or the code compiled for one agent would not serve the next
+FASTER_PRODUCTS = FasterProducts()  # one object for all, or code compiled for one agent would not serve the next
 
 
 def suits_onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
-    """Whether oneDNN gains at x w + bias: (m, k), (k, n), and any bias that is broadcast to (m, n)."""
+    """Whether oneDNN is faster at x w + bias: (m, k), (k, n), and any bias that is broadcast to (m, n)."""
     (m, k), n = x.shape, w.shape[1]
     fits = bias is None or bias.shape in ((n,), (m, n))
     return min(m, k, n) >= THIN and fits and is_packed_float32(x) and is_packed_float32(w)
 
 
 def is_packed_float32(matrix: Tensor) -> bool:
-    """Whether oneDNN takes the matrix as it is, or transposed; for part of a wider one it has only a slow reference."""
+    """Whether oneDNN reads the matrix as it is, or transposed; for part of a wider one it has only slow code."""
     return matrix.dtype == torch.float32 and (matrix.is_contiguous() or matrix.mT.is_contiguous())
 
 
@@ -77,7 +77,7 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x w + bias by oneDNN, float32: (m, k), (k, n), and (n,), (m, n) or None -> (m, n)."""
     if bias is not None and bias.dim() == 2:
         return product(x, w, None).add_(bias)
-    bias = None if bias is None else bias.contiguous()  # it reads memory in a row, whatever the stride
+    bias = None if bias is None else bias.contiguous()  # oneDNN ignores a bias's stride
     return torch.ops.mkldnn._linear_pointwise(x, w.t(), bias, "none", [], "")
 
 

@@ -1,13 +1,13 @@
 """D4RL's tasks (Fu et al. 2020, arXiv 2004.07219) on maintained packages: data files, environments, reference scores.
 
-The twenty tasks of the paper's Table 1 and halfcheetah-demo-v0. `load_dataset` gives the arrays of D4RL 1.1's
-`qlearning_dataset`; `make_env` gives environments whose single steps are those of gym, mujoco-py and d4rl. The tasks of
-the same names in today's gymnasium are others:
-- HalfCheetah, Hopper, Walker2d, AntMaze weigh differently: MuJoCo before 2.1.2 gave a capsule the mass of a cylinder
-  longer by half its radius at both ends.
-- Hopper, Walker2d: gym's v2 paid the bonus for being alive on the step that ends an episode too.
-- AntMaze: d4rl's ant has a time step, contacts, motors and mazes of its own, and observes where it is but not its goal.
-- Pen: dropping it ends the episode. Kitchen: noise, observation and one collision differ.
+The twenty tasks of the paper's Table 1 and halfcheetah-demo-v0. `load_dataset` returns the arrays of D4RL 1.1's
+`qlearning_dataset`; `make_env` returns environments whose single steps equal those of gym, mujoco-py and d4rl. Tasks of
+the same names in today's gymnasium differ:
+- HalfCheetah, Hopper, Walker2d, AntMaze: the bodies' masses, for MuJoCo before 2.1.2 gave a capsule the mass of a
+  cylinder longer by half its radius at both ends.
+- Hopper, Walker2d: gym's v2 pays the bonus for being alive also on the step that ends an episode.
+- AntMaze: d4rl's ant has its own time step, contacts, motors and mazes, and observes its position but not its goal.
+- Pen: dropping it ends the episode. Kitchen: noise, observation and one collision.
 MuJoCo 3.2.6 collides bodies as D4RL's 2.1.0 did; 3.2.7 no longer does so at antmaze's walls, 3.3 in pen and kitchen.
 gymnasium, mujoco, h5py, minari and the classic stack are imported when they are used; the module needs numpy alone.
 """
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class BadInput(ValueError):
-    """What the user can mend; the message is one line that says what is wrong and how to mend it."""
+    """An error that the user can mend; the message is one line that says what is wrong and how to mend it."""
 
     exit_code = 2
 
@@ -54,7 +54,7 @@ class BadInput(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """Its message's first line, or its kind where it has none."""
+    """The first line of an exception's message, or the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -68,7 +68,7 @@ class Task(NamedTuple):
     max_episode_steps: int
     ref_min_score: float  # return of D4RL's random policy, 0 on the normalized scale
     ref_max_score: float  # return of D4RL's expert, 100 on the normalized scale
-    url: str  # of the data file; empty where it lies beside this module
+    url: str  # of the data file; empty if it lies beside this module
     sha256: str = ""  # of the published file, where known
     size: int = 0  # of the published file in bytes, where known
 
@@ -122,7 +122,7 @@ TASKS = _tasks()
 
 
 def task_of(env_id: str, backend: str = "maintained") -> Task:
-    """The task of that id; BadInput, with the ids that come close, if there is none, or no such backend."""
+    """The task of that id. Raises BadInput for an unknown id, naming the closest ones, or an unknown backend."""
     if env_id not in TASKS:
         close = difflib.get_close_matches(env_id, TASKS, n=3) or TASKS
         raise BadInput(f"unknown env id {env_id!r}: did you mean {', '.join(close)}?")
@@ -146,8 +146,8 @@ def load_dataset(env_id: str, path: str | os.PathLike | None = None, backend: st
     Args: path is a D4RL HDF5 file or a Minari folder; without it, D4RL's file in $D4RL_DATASET_DIR (by default
     ~/.d4rl/datasets), which is downloaded if it is not there. backend "d4rl" reads with d4rl itself.
     Returns: numpy arrays observations and next_observations (n, state_dim), actions (n, action_dim) in [-1, 1], rewards
-    (n,), all float32 and nothing but read, and terminals (n,) bool; rows in file order.
-    Raises: BadInput where the data cannot be had, read or used.
+    (n,), all float32 and exactly as in the file, and terminals (n,) bool; rows in file order.
+    Raises: BadInput if the data cannot be had, read or used.
     """
     task = task_of(env_id, backend)
     path = Path(os.path.expanduser(path)) if path is not None else _data_file(env_id, task)
@@ -200,7 +200,7 @@ def _column(file: Any, name: str, file_size: int) -> Any:
 
 
 def _checked(columns: dict[str, Any], task: Task, path: Path) -> dict[str, np.ndarray]:
-    """Columns of h5py or numpy as float32 and, if they are flags, bool; BadInput unless they are the task's data."""
+    """Columns of h5py or numpy as float32, and flags as bool. Raises BadInput unless they fit the task."""
     rows = columns["observations"].shape[:1]
     widths = {"observations": task.state_dim, "next_observations": task.state_dim, "actions": task.action_dim}
     arrays = {}
@@ -225,7 +225,7 @@ def _checked(columns: dict[str, Any], task: Task, path: Path) -> dict[str, np.nd
 
 
 def _transitions(rows: dict[str, np.ndarray], task: Task, path: Path) -> dict[str, np.ndarray]:
-    """D4RL's choice of rows: all but the last, which has no successor, and those that end an episode by its length."""
+    """D4RL's choice of rows: all but the last, which has no successor, and those where an episode is truncated."""
     final = rows["timeouts"] if "timeouts" in rows else _count_ends(rows["terminals"], task.max_episode_steps)
     kept = ~final[:-1]
     if not kept.any():
@@ -236,9 +236,9 @@ def _transitions(rows: dict[str, np.ndarray], task: Task, path: Path) -> dict[st
 
 
 def _count_ends(terminals: np.ndarray, limit: int) -> np.ndarray:
-    """The rows that D4RL takes for an episode's last, by a step count, in a file without timeouts: (rows,) bool.
+    """The rows that D4RL takes for truncated, by counting steps, in a file without timeouts: (rows,) bool.
 
-    The count starts at 0, at 0 again after a row left out, and at 1 after a terminal row; at limit - 1 the row goes.
+    The count starts at 0, again at 0 after a row left out, and at 1 after a terminal row; at limit - 1 a row goes.
     """
     final = np.zeros(len(terminals), bool)
     ends = np.append(np.flatnonzero(terminals), len(terminals) - 1)
@@ -291,8 +291,8 @@ def _data_file(env_id: str, task: Task) -> Path:
 def download(env_id: str, path: Path) -> None:
     """Fetches the task's data file to path, from D4RL's server or else from the mirror.
 
-    The bytes go to path.part, where an interrupted download goes on; the whole file is checked and only then renamed.
-    Raises: BadInput with the reasons, the URL, the path and the other way to give the data.
+    The bytes go to path.part, where an interrupted download continues; the whole file is checked and only then renamed.
+    Raises: BadInput with the reasons, the URL, the path and the other way to provide the data.
     """
     for package in ("tqdm", "h5py"):  # before anything is fetched
         _package(package)
@@ -364,7 +364,7 @@ def _fetch_from(start: int, url: str, part: Path) -> None:
 
 
 def _verify(part: Path, task: Task) -> None:
-    """BadInput unless the file's size and hash are those published, where known, and it holds the task's data."""
+    """Raises BadInput unless the file has its published size and hash, where known, and holds the task's data."""
     if task.size not in (0, part.stat().st_size):
         raise BadInput(f"it has {part.stat().st_size:,} bytes instead of {task.size:,}")
     digest = hashlib.sha256()
@@ -378,7 +378,7 @@ def _verify(part: Path, task: Task) -> None:
 
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """Waits for and holds a lock between processes, which the system takes back however its holder ends."""
+    """Waits for and holds a lock between processes, which the system releases however its holder ends."""
     with open(path, "wb") as file:
         try:
             import fcntl
@@ -405,9 +405,9 @@ def make_env(env_id: str, backend: str = "maintained", render_mode: str | None =
     """The task's environment, equal to D4RL's.
 
     Observations are float64 (state_dim,), actions (action_dim,) in [-1, 1], episodes are truncated at
-    max_episode_steps, and reset(seed=s) begins the same episode at each call. The environments of a kind share one
-    compiled model, so the hundredth costs next to nothing. backend "d4rl" is the classic stack itself.
-    Raises: BadInput for an unknown id or backend, or a package that is missing or does not fit.
+    max_episode_steps, and reset(seed=s) always begins the same episode. Environments of a kind share one compiled
+    model, so the hundredth costs next to nothing. backend "d4rl" is the classic stack itself.
+    Raises: BadInput for an unknown id or backend, or a package that is missing or of the wrong version.
     """
     task = task_of(env_id, backend)
     _package("gymnasium")
@@ -424,13 +424,13 @@ def make_envs(env_id: str, n: int, backend: str = "maintained") -> list[gymnasiu
 
 
 def rendering_env(env_id: str, backend: str = "maintained") -> gymnasium.Env:
-    """An environment for a video, tried out before the training that it shall show. Raises BadInput."""
+    """An environment for a video, tested before the training starts. Raises BadInput if it cannot render."""
     if find_spec("moviepy") is None:
         raise BadInput("--capture-video needs moviepy: pip install moviepy")
     env = make_env(env_id, backend, render_mode="rgb_array")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a backend that is not there: the error below says it
+            warnings.simplefilter("ignore")  # about a missing backend, which the error below reports
             env.reset(seed=0)
             env.render()
         return env
@@ -440,7 +440,7 @@ def rendering_env(env_id: str, backend: str = "maintained") -> gymnasium.Env:
 
 @functools.cache
 def _with_gymnasium(kind: type) -> type[gymnasium.Env]:
-    """kind as a gymnasium.Env, which it is not from the start, for the module imports without gymnasium."""
+    """Makes kind a gymnasium.Env: only now, for this module must import without gymnasium."""
     import gymnasium
 
     return type(kind.__name__, (kind, gymnasium.Env), {})
@@ -478,7 +478,7 @@ def _model(family: str, maze: str) -> Any:
     file = "adroit_hand/adroit_pen.xml" if family == "pen" else "kitchen_franka/kitchen_assets/kitchen_env_model.xml"
     spec = mujoco.MjSpec.from_file(str(_package("gymnasium_robotics") / "envs" / "assets" / file))
     if family == "pen":
-        spec.find_body("target").mocap = True  # how it is turned belongs to the data then, not to the shared model
+        spec.find_body("target").mocap = True  # its orientation is then part of the data, not of the shared model
         model = spec.compile()
         for first, last, gain in (("A_WRJ1", "A_WRJ0", 10), ("A_FFJ3", "A_THJ0", 1)):
             motors = slice(model.actuator(first).id, model.actuator(last).id + 1)
@@ -494,7 +494,7 @@ def _model(family: str, maze: str) -> Any:
 def _weigh_capsules(root: ET.Element) -> None:
     """Gives capsules the mass and inertia they had before MuJoCo 2.1.2.
 
-    The longer cylinder as which a capsule was weighed is added; it touches nothing, is not drawn (group 3), and has all
+    Each gets the longer cylinder whose mass it was given: this touches nothing, is not drawn (group 3), and now has all
     the mass.
     """
     for body in root.iter("body"):
@@ -512,7 +512,7 @@ def _weigh_capsules(root: ET.Element) -> None:
 
 
 def _build_maze(root: ET.Element, maze: str) -> None:
-    """Makes gymnasium's ant d4rl's and puts the walls of its maze around it."""
+    """Turns gymnasium's ant into d4rl's and builds the walls of its maze around it."""
     root.find("option").set("timestep", "0.02")
     root.find("default/geom").attrib.update(solref=".02 1", solimp=".8 .8 .01")
     for motor in root.find("actuator"):
@@ -536,7 +536,7 @@ def _cells(maze: str, kind: str) -> list[tuple[float, float]]:
     return [(4.0 * (x - 1), 4.0 * (y - 1)) for y, row in rows for x, cell in enumerate(row) if cell == kind]
 
 
-CAMERAS = {  # others are followed by their own
+CAMERAS = {  # the other families' models have cameras that follow them
     "antmaze": {"distance": 60.0, "elevation": -90.0},
     "pen": {"distance": 1.0, "azimuth": -45.0},
     "kitchen": {"distance": 2.2, "azimuth": 70.0, "elevation": -35.0, "lookat": np.array([-0.2, 0.5, 2.0])},
@@ -544,10 +544,10 @@ CAMERAS = {  # others are followed by their own
 
 
 class Simulated:
-    """What the families share: MuJoCo's model and data, and the gymnasium interface around a family's rules.
+    """What all families share: MuJoCo's model and data, and the gymnasium interface around a family's rules.
 
-    The rules are start (the first positions and velocities), control (the motors' input), observe, and judge (the
-    reward, and whether the episode ends).
+    The rules are start (initial positions and velocities), control (the motors' input), observe, and judge (the reward,
+    and whether the episode ends).
     """
 
     frame_skip = 5  # MuJoCo's steps in one of the environment's
@@ -579,13 +579,13 @@ class Simulated:
         return observation, float(reward), bool(terminated), False, {}
 
     def set_state(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
-        """Puts the simulation at positions (nq,) and velocities (nv,)."""
+        """Sets positions (nq,) and velocities (nv,)."""
         self.data.qpos[:], self.data.qvel[:] = qpos, qvel
-        _mujoco().mj_normalizeQuat(self.model, self.data.qpos)  # which mj_forward once did, so it is observed
+        _mujoco().mj_normalizeQuat(self.model, self.data.qpos)  # mj_forward once did this, so observations show it
         _mujoco().mj_forward(self.model, self.data)
 
     def control(self, action: np.ndarray) -> np.ndarray:
-        """In the action's own precision: d4rl's NormalizedBoxEnv to the last bit of float32."""
+        """d4rl's NormalizedBoxEnv, in the action's own precision: equal to the last bit of float32."""
         high = self.model.actuator_ctrlrange[0, 1].astype(action.dtype)
         return np.clip((action + 1) * high - high, -high, high)
 
@@ -633,9 +633,9 @@ class Locomotion(Simulated):
 
 
 class AntMaze(Simulated):
-    """AntMaze-v0 of d4rl: 1 at the goal, where the episode ends, and 0 elsewhere.
+    """AntMaze-v0 of d4rl: reward 1 at the goal, where the episode ends, and 0 elsewhere.
 
-    The goal is drawn once for an environment, as in d4rl, and anew at a reset with a seed, by that seed.
+    The goal is drawn once per environment, as in d4rl, and anew by a reset with a seed, from that seed.
     """
 
     goal = None  # xy
@@ -655,7 +655,7 @@ class AntMaze(Simulated):
 
 
 class Pen(Simulated):
-    """Adroit's pen of d4rl: turn it the way of the target beside the hand; dropping it ends the episode."""
+    """Adroit's pen of d4rl: turn it to the orientation of the target; dropping it ends the episode."""
 
     def start(self, rng: np.random.Generator, seeded: bool) -> tuple[np.ndarray, np.ndarray]:
         half = rng.uniform(-1, 1, 2) / 2  # turns about x and y
@@ -673,7 +673,7 @@ class Pen(Simulated):
     def observe(self) -> np.ndarray:
         data = self.data
         place = data.body("Object").xpos
-        axis = (data.site("object_top").xpos - data.site("object_bottom").xpos) / 0.13  # by the length between them
+        axis = (data.site("object_top").xpos - data.site("object_bottom").xpos) / 0.13  # their distance
         target = (data.site("target_top").xpos - data.site("target_bottom").xpos) / 0.13
         away = place - data.site("eps_ball").xpos
         return np.concatenate([data.qpos[:-6], place, data.qvel[-6:], axis, target, away, axis - target])
@@ -696,7 +696,7 @@ KITCHEN_LIMITS = (  # of the robot's nine joints
     np.array([-2.9, -1.8, -2.9, -3.1, -2.9, 0.0, -2.9, 0.0, 0.0]),
     np.array([2.9, 1.8, 2.9, 0.0, 2.9, 3.8, 2.9, 0.04, 0.04]),
 )
-KITCHEN_GOALS = {  # where the positions of each thing stand, and what they shall be
+KITCHEN_GOALS = {  # for each thing the indices of its positions, and their target values
     "bottom burner": ([11, 12], [-0.88, -0.01]),
     "light switch": ([17, 18], [-0.69, -0.05]),
     "slide cabinet": ([19], [0.37]),
@@ -706,7 +706,7 @@ KITCHEN_GOALS = {  # where the positions of each thing stand, and what they shal
 
 
 class Kitchen(Simulated):
-    """FrankaKitchen of d4rl: 1 for each of four things when it first is where it shall be, the end when all are."""
+    """FrankaKitchen of d4rl: reward 1 for each of four things when it first reaches its goal; the end when all have."""
 
     frame_skip = 40
 
@@ -723,7 +723,7 @@ class Kitchen(Simulated):
         return KITCHEN_START, np.zeros(self.model.nv)
 
     def control(self, action: np.ndarray) -> np.ndarray:
-        """Speeds of at most 2, given as positions from where the robot was seen to be, noise and all."""
+        """Speeds of at most 2, as position targets relative to the observed (noisy) positions."""
         return np.clip(self.seen[:9] + 2 * np.clip(action, -1, 1).astype(float) * self.dt, *KITCHEN_LIMITS)
 
     def observe(self) -> np.ndarray:
@@ -750,10 +750,10 @@ def _classic_make(env_id: str) -> Any:
         import collections
         import collections.abc
 
-        collections.Mapping = collections.abc.Mapping  # d4rl's kitchen wants it where it was before Python 3.10
+        collections.Mapping = collections.abc.Mapping  # d4rl's kitchen looks for it where it was before Python 3.10
         import gym
 
-        if find_spec("mjrl") is None:  # PyPI lacks it; all that d4rl builds on is its base class, which gym has, too
+        if find_spec("mjrl") is None:  # not on PyPI; d4rl needs only its base class, which gym has too
             from gym.envs import mujoco
 
             modules = {"mjrl": gym.envs, "mjrl.envs": mujoco, "mjrl.envs.mujoco_env": mujoco.mujoco_env}
@@ -778,7 +778,7 @@ def _classic_dataset(env_id: str, path: Path) -> dict[str, np.ndarray]:
 
 
 class Classic:
-    """gym's environment of the classic stack, with gymnasium's interface."""
+    """An environment of the classic stack (gym), with gymnasium's interface."""
 
     def __init__(self, env_id: str, render_mode: str | None = None):
         from gymnasium.spaces import Box

@@ -11,11 +11,11 @@ The policy is the reverse chain of a conditional diffusion model over actions: a
 steps lead to the action a^0. Its noise predictor learns to imitate the data (Eq. 2) and, through the whole chain, to
 raise Q (Eq. 3); Q is a pair of critics with target networks (Eq. 4). Algorithm 1 is `DiffusionQL.update`.
 
-Every random number of an update is drawn first, into `Draws`. What `update(batch, draws)` does is then determined by
-its arguments and the agent's state: any two implementations can be given the same numbers and compared.
+Every random number of an update is drawn first, into `Draws`, so `update(batch, draws)` is determined by its arguments
+and the agent's state: any two implementations can be given the same numbers and compared.
 
-Where the paper, the official code (github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL) and this file part, the
-default is what the official code effectively does (but for 2, 11 and 12), since the published scores come from it.
+Where the paper, the official code (github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL) and this file differ,
+the default is what the official code effectively does (except 2, 11 and 12), since the published scores come from it.
  1. Learning rates are constant: the official decay only moves them to 0.999 of their start. --lr-decay: real cosine.
  2. Offline selection takes evaluation argsort(bc_loss)[rank]; the official code, in error, argsort(bc_loss) == rank.
  3. Evaluation acts with the online policy, --eval-candidates 50 actions a state, one drawn from the softmax of min
@@ -74,17 +74,17 @@ class Args:
     seed: int = 0
     """seed of weights, batches and noise; evaluation episode k resets with seed + 100 + k"""
     num_seeds: int = 1
-    """agents trained at once, of seeds seed, seed + 1, ..., each as it would be alone (on a GPU up to rounding)"""
+    """agents trained at once, with seeds seed, seed + 1, ...; each equals its single run (on a GPU up to rounding)"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto is cuda where there is one, and for a resumed run what it was begun with"""
+    """cpu, cuda, cuda:1, ...; auto: cuda if there is one, and for a resumed run the device it was started on"""
     compile: bool | None = None
-    """torch.compile losses and gradients: a minute or more at the start. None: where the run is long enough"""
+    """torch.compile losses and gradients: takes a minute or more at the start. None: if the run is long enough"""
     cudagraphs: bool | None = None
-    """capture the whole update, and acting, as CUDA graphs. None: on a GPU, where the run is not very short"""
+    """capture the whole update, and acting, as CUDA graphs. None: on a GPU, unless the run is very short"""
     runs_dir: Path = Path("runs")
     """where the run's folder ENV__dql__SEED__TIME goes"""
     resume: Path | None = None
-    """folder of a run to go on with exactly, from its last checkpoint; a larger --num-updates makes it longer"""
+    """folder of a run to continue exactly, from its last checkpoint; a larger --num-updates extends it"""
     track: bool = False
     """log to Weights & Biases too (pip install wandb)"""
     capture_video: bool = False
@@ -186,7 +186,7 @@ SETTINGS = {
 
 
 def with_settings(args: Args) -> Args:
-    """args with every None that the task's settings answer filled in. Raises BadInput where a value makes no sense."""
+    """Fills in every None that the task's settings answer. Raises BadInput if a value makes no sense."""
     args = command_line.typed(args)
     task_of(args.env_id)
     if args.dataset_path:
@@ -224,7 +224,7 @@ def beta_schedule(name: str, num_steps: int) -> Tensor:
 class MishFunction(torch.autograd.Function):
     """x tanh(log(1 + e^x)) = x - 2x / d with d = e^2x + 2e^x + 2: one exponential, where F.mish takes three functions.
 
-    F.mish is the costliest part of an update on a CPU. Returns also e^x and d, for the gradient.
+    F.mish is the costliest part of an update on a CPU. Also returns e^x and d, for the gradient.
     """
 
     generate_vmap_rule = True
@@ -292,7 +292,7 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("sinusoid", torch.cat([angle.sin(), angle.cos()], 1), persistent=False)
 
     def first_layer(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """What states (B, S) and all N steps add to the first layer, (B, 256) and (N, 256): once for a whole chain.
+        """The shares of states (B, S) and of all N steps in the first layer, (B, 256) and (N, 256): once per chain.
 
         The layer is W [a, t, s] + b = W_a a + W_t t + (W_s s + b), t the time embedding of a step.
         """
@@ -302,7 +302,7 @@ class DiffusionPolicy(nn.Module):
         return F.linear(state, of_state, first.bias), F.linear(time_embedding, of_time)
 
     def predict_noise(self, action: Tensor, rest: Tensor) -> Tensor:
-        """eps(a^i, i, s) = MLP([a^i, t_i, s]), (B, A): action (B, A), rest (B, 256) the sum of `first_layer`'s two."""
+        """eps(a^i, i, s) = MLP([a^i, t_i, s]), (B, A): action (B, A); rest (B, 256), the sum of `first_layer`'s two."""
         first, *layers = self.trunk
         hidden = F.linear(action, first.weight[:, : action.shape[-1]]) + rest
         for layer in layers:
@@ -310,9 +310,9 @@ class DiffusionPolicy(nn.Module):
         return self.output(hidden)
 
     def sample(self, state: Tensor, noise: Tensor) -> Tensor:
-        """Actions (C B, A) in [-max_action, max_action], C adjacent ones for each of states (B, S), differentiable.
+        """Differentiable actions (C B, A) in [-max_action, max_action]: C adjacent rows for each of the states (B, S).
 
-        noise (N + 1, C B, A): noise[0] is a^N, noise[1..N] drive the steps i = N..1; the last adds none.
+        noise (N + 1, C B, A): noise[0] is a^N, noise[1..N] drive the steps i = N..1; the last is not used.
         """
         of_state, of_time = self.first_layer(state)
         of_state = of_state.repeat_interleave(noise.shape[1] // len(state), 0)
@@ -364,7 +364,7 @@ class Batch(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The random numbers of one update: R is B, or 10 B with max_q_backup (ten adjacent rows a next state)."""
+    """The random numbers of one update: R is B, or 10 B with max_q_backup (ten adjacent rows per next state)."""
 
     next_noise: Tensor  # (N + 1, R, A) normal, the chain of the backup's actions
     bc_step: Tensor  # (B,) integers in 0..N-1
@@ -398,7 +398,7 @@ AGENT_PARTS = (*run_folder.NETWORKS, "policy_opt", "critic_opt")
 
 
 class DiffusionQL:
-    """The agent: four networks, two optimizers, a step count. args is completed by the task's settings."""
+    """The agent: four networks, two optimizers, a step count. The task's settings fill in what args leaves at None."""
 
     def __init__(self, state_dim: int, action_dim: int, args: Args):
         self.args = args = with_settings(args)
@@ -417,7 +417,7 @@ class DiffusionQL:
             self.compile()
 
     def compile(self) -> None:
-        """From now on each network's loss with its gradient is one compiled function, and so is acting."""
+        """Compiles each network's loss together with its gradient, and acting."""
         from compiling import compiled
 
         self.critic_gradient = compiled(self.critic_gradient, self.device)
@@ -425,11 +425,11 @@ class DiffusionQL:
         self.act = compiled(self.act, self.device)
 
     def adam(self, network: nn.Module, learning_rate: float) -> torch.optim.Adam:
-        """Adam whose learning rate is a device tensor: it can change without waiting for the device."""
+        """Adam with its learning rate in a device tensor: it can change without waiting for the device."""
         on_gpu = self.device.type == "cuda"  # its kernel reads a float32 rate
         lr = torch.tensor(learning_rate, dtype=torch.float32 if on_gpu else torch.float64, device=self.device)
         adam = torch.optim.Adam(network.parameters(), lr=lr, fused=True, capturable=on_gpu)
-        for p in network.parameters():  # as Adam would at its first step; now, so that a state has where to be loaded
+        for p in network.parameters():  # as Adam's first step does; now, so that a checkpoint can be loaded into it
             step = torch.zeros((), dtype=torch.float32, device=p.device)
             adam.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         return adam
@@ -452,7 +452,7 @@ class DiffusionQL:
         )
 
     def critic_loss(self, batch: Batch, next_noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 4 and the mean of its target, each (); next_noise and the policy's average make the target's actions."""
+        """Eq. 4 and the mean of its target, each (). The averaged policy turns next_noise into the target's actions."""
         with torch.no_grad():
             copies = len(next_noise[0]) // len(batch.state)
             next_action = self.policy_ema.sample(batch.next_state, next_noise)
@@ -463,7 +463,7 @@ class DiffusionQL:
         return F.mse_loss(q1, target) + F.mse_loss(q2, target), target.mean()
 
     def policy_losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """L_d of Eq. 2 and L_q of Eq. 3, each (): Q of the chain's own actions, on the scale of the other critic."""
+        """L_d (Eq. 2) and L_q (Eq. 3), each (). L_q is -Q of the chain's own actions over the mean |Q| of the other."""
         bc = self.policy.bc_loss(batch.action, batch.state, draws.bc_step, draws.bc_noise)
         if not self.has_critics:
             return bc, torch.zeros_like(bc)
@@ -477,7 +477,7 @@ class DiffusionQL:
         return bc, -q.mean() / other_q.detach().abs().mean()
 
     def update(self, batch: Batch, draws: Draws) -> Losses:
-        """One iteration of Algorithm 1. Nothing in it waits for the device."""
+        """One iteration of Algorithm 1. Never waits for the device."""
         if self.args.lr_decay:
             self.decay_learning_rates()
         critic_norm = critic_loss = target_q = torch.zeros_like(self.eta)
@@ -491,33 +491,33 @@ class DiffusionQL:
         return Losses(critic_loss, bc_loss, q_loss, policy_loss, target_q, critic_norm, policy_norm)
 
     def critic_gradient(self, batch: Batch, draws: Draws) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """The critics' gradient of Eq. 4, clipped; its norm before, the loss, the mean of the target, each ()."""
+        """The critics' clipped gradient of Eq. 4; its norm before clipping, the loss, the mean target, each ()."""
         loss, target_q = self.critic_loss(batch, draws.next_noise)
         return *self.gradient(loss, self.critic), loss.detach(), target_q
 
     def policy_gradient(self, batch: Batch, draws: Draws) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
-        """The policy's of Eq. 3, whose denoising part is Eq. 2, clipped; its norm before, L_d, L_q, their sum, ()."""
+        """The policy's clipped gradient of Eq. 3; its norm before clipping, L_d, L_q and L_d + eta L_q, each ()."""
         bc, q = self.policy_losses(batch, draws)
         loss = bc + self.eta * q
         return *self.gradient(loss, self.policy), bc.detach(), q.detach(), loss.detach()
 
     def gradient(self, loss: Tensor, network: nn.Module) -> tuple[list[Tensor], Tensor]:
-        """The gradient of a loss () by each of a network's parameters, clipped, and its norm before, ()."""
-        # of replicas there is a loss each, of none but its own parameters
+        """The clipped gradient of a loss () with respect to a network's parameters; its norm before clipping, ()."""
+        # replicas have a loss each, (K,), which depends on their own parameters alone
         grads = torch.autograd.grad(loss.sum(), list(network.parameters()))
-        # replicas' come transposed, and a fused Adam pairs memory with memory
+        # replicas' gradients come transposed, and fused Adam pairs them with parameters in the order of memory
         return self.clip([grad.contiguous() for grad in grads])
 
     def clip(self, grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """A gradient, scaled to --grad-norm where it is longer, and its norm before; as clip_grad_norm_ does it."""
-        # no foreach operations: for a GPU Inductor makes them one kernel, in whose midst it would compute the norm
+        """Scales a gradient down to --grad-norm if it is longer, as clip_grad_norm_ does; its norm before, ()."""
+        # no foreach operations: for a GPU Inductor makes them one kernel, and would compute the norm in its midst
         norm = nn.utils.get_total_norm(grads, foreach=False)
         scale = ((self.args.grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1)
         return [grad * scale for grad in grads], norm
 
     @torch.no_grad()
     def move_averages(self) -> None:
-        """The policy's average moves now and then (otherwise by a weight of 0), the critics' targets always."""
+        """Moves the critics' targets, and every --average-every updates the policy's average (else by 0 of the way)."""
         args = self.args
         moves = (self.step >= args.average_from) & (self.step % args.average_every == 0)
         weight = moves * (1 - args.average_decay)
@@ -552,12 +552,12 @@ class DiffusionQL:
         return action.view(num_states, candidates, -1)[torch.arange(num_states, device=self.device), chosen]
 
     def state_dict(self) -> dict:
-        """All that an update reads and changes."""
+        """Everything an update reads and changes."""
         parts = {name: getattr(self, name).state_dict() for name in AGENT_PARTS}
         return {**parts, "step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
-        """Into the tensors that are there, which a captured graph reads and writes. Raises where it does not fit."""
+        """Copies into the existing tensors, which captured graphs read and write. Raises if state does not fit."""
         run_folder.fill(self.state_dict(), state)
 
 
@@ -569,7 +569,7 @@ def descend(optimizer: torch.optim.Adam, grads: list[Tensor]) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one. Raises BadInput where it cannot be used."""
+    """The device of that name; "auto" is CUDA if there is one. Raises BadInput if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.split(":")[0] not in ("cpu", "cuda"):
@@ -581,7 +581,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -> Batch:
-    """The whole data set on the device, its rewards transformed: "none", "standardize" or "antmaze"."""
+    """The whole data set on the device, with rewards transformed: "none", "standardize" or "antmaze"."""
     names = ("observations", "actions", "rewards", "next_observations", "terminals")
     batch = Batch(*(torch.as_tensor(data[name], dtype=torch.get_default_dtype()).to(device) for name in names))
     if reward == "standardize":
@@ -598,10 +598,10 @@ def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -
 
 def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: Sequence[int], device: torch.device,
              check: Callable[[], None] = lambda: None) -> np.ndarray:  # fmt: skip
-    """Returns (E,) of one episode in each of E environments, side by side: one batch of actions (E, A) a time step.
+    """Returns (E,) of one episode in each of E environments side by side, one batch of actions (E, A) per time step.
 
-    act is given the states (E, S) of all, ended ones too: so its shapes, and what it draws for whom, never change.
-    check is called before each time step, and may raise.
+    act always gets the states (E, S) of all environments, finished ones too, so that its shapes, and whose noise is
+    whose, never change. check is called before each time step, and may raise.
     """
     states = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
     returns, running = np.zeros(len(envs)), set(range(len(envs)))
@@ -617,15 +617,15 @@ def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: Sequence[int], 
 
 
 def eval_noise_seed(seed: int, step: int) -> int:
-    """Of the noise in the evaluation of that seed's agent after step updates."""
+    """Seeds the noise with which that seed's agent is evaluated after step updates."""
     return seed * 1_000_003 + step
 
 
 def evaluate_seeds(args: Args, act: Callable[[Tensor], Tensor], envs: list, generators: list[torch.Generator],
                    step: int, check: Callable[[], None]) -> np.ndarray:  # fmt: skip
-    """Normalized scores (K, E) of E episodes for each of K seeds, from generators that serve act and nothing else.
+    """Normalized scores (K, E) of E episodes for each of K seeds. act draws from generators, and nothing else does.
 
-    Their noise is of seed and step alone: an evaluation changes nothing that training draws. check: as in `evaluate`.
+    The noise depends on seed and step alone: an evaluation changes nothing that training draws. check: see `evaluate`.
     """
     seeds = range(args.seed, args.seed + args.num_seeds)
     for seed, generator in zip(seeds, generators, strict=True):
@@ -637,10 +637,10 @@ def evaluate_seeds(args: Args, act: Callable[[Tensor], Tensor], envs: list, gene
 
 def load_policy(folder: str | Path, seed: int = 0, device: str = "auto", eval_candidates: int | None = None,
                 eval_temperature: float | None = None, eval_average: bool | None = None) -> Callable:  # fmt: skip
-    """The trained policy of a run: states (S,) or (E, S), numpy or torch, in; actions of the same kind out.
+    """A run's trained policy: a function from states (S,) or (E, S), numpy or torch, to actions of the same kind.
 
-    How it acts is the run's where nothing is said. Raises BadInput where the folder holds no such run, the policy
-    ValueError where states are not the task's.
+    It acts as the run's evaluations do, except where told otherwise. Raises BadInput if the folder holds no such run;
+    the policy raises ValueError if states have another width than the task's.
     """
     folder = Path(folder)
     args = replace(command_line.read_args(folder), device=device, compile=False)
@@ -649,7 +649,7 @@ def load_policy(folder: str | Path, seed: int = 0, device: str = "auto", eval_ca
     if args.num_seeds > 1:
         raise BadInput(f"{folder} holds {args.num_seeds} policies: give one of its folders seed-*")
     task = TASKS[args.env_id]
-    with torch.random.fork_rng(devices=[]):  # weights are drawn, to be overwritten
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
         agent = DiffusionQL(task.state_dim, task.action_dim, args)
     run_folder.restore_agents(run_folder.read_checkpoint(folder, agent.device), folder, [agent])
     generator = torch.Generator(agent.device).manual_seed(seed)
@@ -669,9 +669,9 @@ def load_policy(folder: str | Path, seed: int = 0, device: str = "auto", eval_ca
 
 
 def train(args: Args) -> dict:
-    """Trains, evaluates and writes the run's folder; returns what summary.json says.
+    """Trains, evaluates and writes the run's folder; returns the contents of summary.json.
 
-    Raises BadInput, Stopped (SIGTERM or SIGINT, after a checkpoint) and Diverged.
+    Raises BadInput, Stopped (on SIGTERM or SIGINT, after a checkpoint) and Diverged.
     """
     if not args.resume:
         return run(with_settings(args))
@@ -686,7 +686,7 @@ def train(args: Args) -> dict:
 
 
 def run(args: Args) -> dict:
-    """A new run, or the rest of one that is resumed."""
+    """A new run, or the rest of a resumed one."""
     import fast_sampler
 
     device = choose_device(args.device)
@@ -731,11 +731,11 @@ def run(args: Args) -> dict:
 def run_loop(args: Args, folder: Path, now: Progress, agents: list[DiffusionQL], generators: list[torch.Generator],
              updates: Callable[[int], Tensor], score: Callable[[int, Callable], np.ndarray],
              warn: Callable[[list[dict]], None]) -> None:  # fmt: skip
-    """From where the run is now to its last update: rows of metrics.csv, evaluations, checkpoints.
+    """Runs from the current update to the last: rows of metrics.csv, evaluations, checkpoints.
 
-    agents and updates are what `fast_sampler.make_steps` gave, generators one for each seed; score(step, check) is
-    `evaluate_seeds`; warn is shown each row. Raises Stopped where a signal came, after a checkpoint; Diverged; BadInput
-    on a full disk.
+    agents and updates come from `fast_sampler.make_steps`; generators has one per seed; score(step, check) is
+    `evaluate_seeds`; warn sees each row. Raises Stopped after a signal and its checkpoint, Diverged, and BadInput if
+    the disk is full.
     """
     from tqdm import tqdm
 
@@ -780,7 +780,7 @@ def run_loop(args: Args, folder: Path, now: Progress, agents: list[DiffusionQL],
 
 
 def record_video(args: Args, folder: Path, video_env) -> None:
-    """One episode of the first seed's policy, into the run's folder. Raises BadInput where it cannot be written."""
+    """Films one episode of the first seed's policy, into the run's folder. Raises BadInput if it cannot be written."""
     from gymnasium.wrappers import RecordVideo
 
     policy = load_policy(run_folder.seed_folders(args, folder)[0], args.seed, args.device)
@@ -799,18 +799,18 @@ def make_agent(args: Args, seed: int) -> DiffusionQL:
 
 
 def train_step(agent: DiffusionQL, dataset: Batch, generator: torch.Generator) -> Tensor:
-    """One iteration of Algorithm 1 on a random batch; its losses, (7,), or (K, 7) of K replicas."""
+    """One iteration of Algorithm 1 on a random batch; its losses (7,), or (K, 7) for K replicas."""
     index = agent.draw_index(len(dataset.state), generator)
     return torch.stack(agent.update(Batch(*(x[index] for x in dataset)), agent.draw(generator)), -1)
 
 
 def act_fresh(agent: DiffusionQL, states: Tensor, generator: torch.Generator) -> Tensor:
-    """Actions (E, A) for states (E, S); of K replicas, (K E, A) for (K E, S), replica by replica."""
+    """Actions (E, A) for states (E, S), with fresh noise; for K replicas (K E, A) and (K E, S), replica by replica."""
     return agent.act(states, agent.draw_act(len(states), generator))
 
 
 def main() -> None:
-    threading.excepthook = lambda _: None  # what fails in TensorBoard's thread is told where the run next writes to it
+    threading.excepthook = lambda _: None  # TensorBoard's thread: its failure is told where the run next writes to it
     try:
         args = command_line.parse(sys.argv[1:])
         command_line.refuse_given(args, sys.argv[1:])

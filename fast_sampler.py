@@ -1,16 +1,16 @@
 """The fast paths of dql.py: its update and its sampler captured as CUDA graphs, for one agent or for many at once.
 
-Why a graph: the networks are small, so an update on a GPU is some thousand kernels of a few microseconds each, which
-the CPU takes longer to launch than the GPU to run. A CUDA graph records the launches once (index draw, gather, draws,
-losses, gradients, clipping, both Adams, targets and average) and replays them in one call, without an input and
-without an output that anyone waits for: losses add up on the device and are read once per log line. torch.compile,
-inside, fuses kernels; the graph, outside, takes away what launching costs; replicas fill what one agent leaves idle.
+Why a graph: the networks are small, so an update on a GPU is about a thousand kernels of a few microseconds each, which
+take the CPU longer to launch than the GPU to run. A CUDA graph records the launches once (index draw, gather, draws,
+losses, gradients, clipping, both Adams, targets and average) and replays them in one call, without any input, and
+without any output that the host waits for: losses add up on the device and are read once per log line. torch.compile,
+inside, fuses kernels; the graph, outside, removes the cost of launching; replicas fill what one agent leaves idle.
 What it costs: seconds of capture (minutes with torch.compile), memory for the graph's buffers, and fixed shapes:
-another batch size is another graph. What changes from update to update (learning rates, the coin, whether the average
-moves, the step count) must be a tensor on the device; random numbers come from generators that the graph knows.
+another batch size needs another graph. Whatever changes from update to update (learning rates, the coin, whether the
+average moves, the step count) must be a device tensor; random numbers come from generators registered with the graph.
 
 `choose_path` decides what pays, by device and length of run. No loss and no network is defined here: `replicate` maps
-dql.py's own over a leading axis of replicas, and the graphs record dql.py's own `train_step` and `act`. The tests hold
+those of dql.py over a leading axis of replicas, and the graphs record dql.py's `train_step` and `act`. The tests hold
 every path equal to the eager one.
 """
 
@@ -43,7 +43,7 @@ WARM_UPS = 3  # lets libraries make their workspaces and torch.compile its kerne
 
 
 def choose_path(args: Args, device: torch.device) -> Args:
-    """args with --compile and --cudagraphs chosen, where they were not, by device and length. Raises BadInput."""
+    """Chooses --compile and --cudagraphs where they are None, by device and length of run. Raises BadInput."""
     on_gpu = device.type == "cuda"
     if args.cudagraphs and not on_gpu:
         raise BadInput("--cudagraphs (given, or the resumed run's) needs --device cuda and a GPU")
@@ -59,7 +59,7 @@ def choose_path(args: Args, device: torch.device) -> Args:
 
 
 def lacks_to_compile(on_gpu: bool) -> str:
-    """What torch.compile wants and this machine has not; "" where it has all."""
+    """What torch.compile needs and this machine lacks; "" if nothing."""
     variable, usual = ("CC", "gcc") if on_gpu else ("CXX", "g++")
     if on_gpu and importlib.util.find_spec("triton") is None:
         return "the package triton"
@@ -76,7 +76,7 @@ def make_steps(
     """(agents, updates, act): updates(n) makes n updates and returns their summed losses (K, 7); act maps states
     (K E, S) of K seeds to actions (K E, A).
 
-    Several agents are one on a GPU, by `replicate`. On a CPU, which one agent fills, they take turns.
+    On a GPU `replicate` makes several agents one. On a CPU, which one agent keeps busy, they take turns.
     """
     if len(agents) > 1 and agents[0].device.type != "cpu":
         agents = [replicate(agents, args.compile)]
@@ -102,9 +102,9 @@ def make_steps(
 
 
 def stack(states: Sequence):
-    """K states of agents (nested dicts of tensors) as one whose tensors are (K, ...).
+    """Stacks K states of agents (nested dicts of tensors) into one whose tensors are (K, ...).
 
-    A tensor without axes (step counts, learning rates) is the same for all, and stays so.
+    Tensors without axes (step counts, learning rates) are the same for all, and stay as they are.
     """
     first = states[0]
     if isinstance(first, Tensor):
@@ -117,7 +117,7 @@ def stack(states: Sequence):
 
 
 def unstack(state, k: int):
-    """The k-th of the states that were stacked, a copy."""
+    """A copy of the k-th of the states that were stacked."""
     if isinstance(state, Tensor):
         return (state[k] if state.dim() else state).clone()
     if isinstance(state, dict):
@@ -128,14 +128,14 @@ def unstack(state, k: int):
 
 
 def states_of(agents: Sequence[DiffusionQL], num_seeds: int) -> list[dict]:
-    """The state of each seed's agent, whether agents are those or the one that `replicate` made of several."""
+    """The state of each seed's agent; agents are these agents, or the single one that `replicate` made of them."""
     if len(agents) == num_seeds:
         return [agent.state_dict() for agent in agents]
     return [unstack(agents[0].state_dict(), k) for k in range(num_seeds)]
 
 
 class Networks(nn.Module):
-    """What a loss of DiffusionQL reads of its agent, as a module: so that functional_call can put in a replica's."""
+    """The parts of an agent that DiffusionQL's losses read, as a module: functional_call can swap in a replica's."""
 
     def __init__(self, agent: DiffusionQL):
         super().__init__()
@@ -148,12 +148,12 @@ class Networks(nn.Module):
 
 
 def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> DiffusionQL:
-    """K agents as one: parameters, optimizer state and losses have a leading axis (K, ...), and an update updates each
-    as it would alone, given the same draws.
+    """K agents as one: parameters, optimizer state and losses have a leading axis (K, ...), and an update changes each
+    agent as it would alone, given the same draws.
 
-    The agents may differ in all that is learned, and in seed and eta (all 0, or none); other arguments are the first's.
+    The agents may differ in all that is learned, in seed, and in eta (all 0 or none); other arguments are the first's.
     `draw`, `draw_index` and `draw_act` take a list of K generators; batches and draws are (K, ...), states to act in
-    (K E, S), replica by replica. Raises ValueError where the agents do not fit together.
+    (K E, S), replica by replica. Raises ValueError if the agents do not fit together.
     """
     etas = [agent.args.eta for agent in agents]
     if len({agent.has_critics for agent in agents}) > 1:
@@ -162,7 +162,7 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
         raise ValueError("replicas must have made the same number of updates")
     K, one = len(agents), agents[0]
     many = copy.copy(one)
-    for name in ("critic_gradient", "policy_gradient"):  # where they are compiled they are the one agent's
+    for name in ("critic_gradient", "policy_gradient"):  # if compiled, they are bound to that one agent
         vars(many).pop(name, None)
     for name in NETWORKS:
         network = copy.deepcopy(getattr(one, name))
@@ -179,7 +179,7 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
     parameters = dict(networks.named_parameters())
 
     def each(method: Callable) -> Callable:
-        """A method of one agent, mapped over replicas."""
+        """A method of a single agent, mapped over the replicas."""
 
         def of_one(own: dict[str, Tensor], *inputs):
             return functional_call(networks, own, (method, *inputs))
@@ -206,7 +206,7 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
 
 @contextmanager
 def unchanged(agents: Sequence[DiffusionQL], generators: list[torch.Generator]) -> Iterator[None]:
-    """Whatever is done within, and does not raise, agents and generators come out as they went in."""
+    """Restores agents and generators at the end of the block, unless it raises."""
     before = [copy.deepcopy(agent.state_dict()) for agent in agents]
     numbers = [generator.get_state() for generator in generators]
     yield
@@ -217,10 +217,10 @@ def unchanged(agents: Sequence[DiffusionQL], generators: list[torch.Generator]) 
 
 
 class FastUpdate:
-    """Training steps that the CPU only starts: `fast(n)` replays n and returns their summed losses, (K, 7).
+    """Captured training steps: `fast(n)` replays n of them and returns their summed losses, (K, 7).
 
-    agent: a DiffusionQL on a GPU, or what `replicate` makes of several; its generator, or theirs. Building one compiles
-    and captures but changes nothing: parameters, optimizers, averages, step and generators are as before.
+    agent: a DiffusionQL on a GPU with its generator, or what `replicate` makes of several with theirs. Building one
+    compiles and captures but changes nothing: parameters, optimizers, averages, step and generators are as before.
     """
 
     def __init__(self, agent: DiffusionQL, dataset: Batch, generator: torch.Generator | list[torch.Generator]):
@@ -229,7 +229,7 @@ class FastUpdate:
             self.sums = losses.clone() if self.sums is None else self.sums.add_(losses)
 
         self.sums: Tensor | None = None
-        self.step = step  # keeps agent and data: a graph holds no tensor that was made outside of it
+        self.step = step  # keeps agent and data alive: a graph does not hold tensors that were made outside it
         generators = generator if isinstance(generator, list) else [generator]
         with unchanged([agent], generators):
             self.graph = capture(step, generators, agent.device)
@@ -242,17 +242,17 @@ class FastUpdate:
 
 
 class FastSampler:
-    """agent.act with fresh draws, captured for num_states states a replica: `sampler(states)` gives their actions.
+    """agent.act with fresh draws, captured for num_states states per replica: `sampler(states)` gives their actions.
 
-    states: (E, S), or (K E, S) of K replicas; actions (E, A) or (K E, A). It acts with the agent's parameters of the
-    time of the call.
+    states: (E, S), or (K E, S) for K replicas; actions: (E, A) or (K E, A). It acts with the agent's parameters as they
+    are at the time of the call.
     """
 
     def __init__(self, agent: DiffusionQL, num_states: int, generator: torch.Generator | list[torch.Generator]):
         def step() -> None:
             self.actions = dql.act_fresh(agent, self.states, generator)
 
-        self.step = step  # keeps the agent: a graph holds no tensor that was made outside of it
+        self.step = step  # keeps the agent alive: a graph does not hold tensors that were made outside it
         generators = generator if isinstance(generator, list) else [generator]
         self.states = torch.zeros(len(generators) * num_states, agent.state_dim, device=agent.device)
         with unchanged([agent], generators):
@@ -267,9 +267,9 @@ class FastSampler:
 
 
 def capture(step: Callable[[], None], generators: list[torch.Generator], device: torch.device):
-    """A graph of one step: `.replay()` runs it. The step is run a few times before, as capturing demands.
+    """A graph of one step, run by `.replay()`. The step first runs a few times, as capturing demands.
 
-    On a CPU, where tests alone come here, replaying runs the step itself.
+    On a CPU (tests only) replaying runs the step itself.
     """
     if device.type != "cuda":
         for _ in range(WARM_UPS):
@@ -285,7 +285,7 @@ def capture(step: Callable[[], None], generators: list[torch.Generator], device:
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)  # or every replay would draw the same numbers
-        gc.collect()  # an older graph that nobody holds must not be destroyed while this one is captured
+        gc.collect()  # an older, unreferenced graph must not be destroyed while this one is captured
         with torch.cuda.graph(graph, stream=stream):
             step()
     return graph

@@ -1,7 +1,7 @@
-"""The folder of a run: what is written, how it is read back, which of its evaluations are reported, how it stops.
+"""The folder of a run: what is written, how it is read back, which evaluations are reported, how a run stops.
 
     runs/ENV__dql__SEED__TIME/    args.json, checkpoint.pt, summary.json and, of one seed, metrics.csv, curve.png and
-                                  TensorBoard events; of several, a folder seed-K for each with all of these
+                                  TensorBoard events; with several seeds, a folder seed-K for each with all of these
 
 Every file but TensorBoard's events is written beside and renamed: no reader and no crash ever finds one half written.
 What a run does next depends on its arguments, its data and its checkpoint alone: killed at any moment and resumed, it
@@ -50,7 +50,7 @@ METRICS = ("step", *LOSS_NAMES, "score", "score_std", "updates_per_second", "sec
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT came; the message says where the run stands."""
+    """SIGTERM or SIGINT arrived; the message says where the run stands."""
 
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message)
@@ -68,9 +68,9 @@ class Progress:
     """How far a run has come."""
 
     step: int  # updates made
-    sums: Tensor  # (K, 7), the losses of those since the last row of metrics.csv, added up
-    seconds: float  # that these took
-    history: list[list[dict]]  # of each seed, the rows of metrics.csv
+    sums: Tensor  # (K, 7), the losses since the last row of metrics.csv, added up
+    seconds: float  # spent on updates since that row
+    history: list[list[dict]]  # the rows of metrics.csv, for each seed
     data: int  # checksum of the data set
     kept: int = 0  # update of the last checkpoint
 
@@ -83,9 +83,9 @@ class Progress:
         return cls(0, sums, 0.0, history, checksum)
 
     def advance(self, updates: Callable[[int], Tensor], stop: int, chunk: int) -> int:
-        """Updates as far as the next multiple of chunk, or stop: the same sums in the same order whoever resumes where.
+        """Makes updates up to the next multiple of chunk, or stop: losses are summed in the same order after a resume.
 
-        updates(n) makes n of them and returns their losses, added up. Returns how many were made.
+        updates(n) makes n of them and returns their summed losses. Returns how many were made.
         """
         begun = time.perf_counter()
         n = min(chunk - self.step % chunk, stop - self.step)
@@ -99,17 +99,17 @@ class Progress:
         return self.history[0][-1]["step"] if self.history[0] else 0
 
     def next_row(self, args: Args) -> int:
-        """The update of the next row: that of a log or of an evaluation, whichever comes first, or the last."""
+        """The update of the next row: the next log or evaluation, whichever comes first, or the last update."""
         return min(args.num_updates, *((self.last_row() // n + 1) * n for n in (args.log_every, args.eval_every)))
 
     def wait(self) -> None:
-        """Waits until the device has made the updates: their time, too."""
+        """Waits until the device has made the updates, and counts that time."""
         begun = time.perf_counter()
         self.sums.sum().item()
         self.seconds += time.perf_counter() - begun
 
     def end_row(self) -> list[dict]:
-        """Of each seed, the row that ends now, still without a score."""
+        """For each seed the row that ends now, still without a score."""
         count = self.step - self.last_row()
         before = self.history[0][-1]["seconds"] if self.history[0] else 0.0
         rest = {"score": "", "score_std": "", "updates_per_second": count / self.seconds,
@@ -118,7 +118,7 @@ class Progress:
         return [{"step": self.step, **dict(zip(LOSS_NAMES, mean, strict=True)), **rest} for mean in means]
 
     def add_row(self, rows: list[dict]) -> None:
-        """Puts each seed's row to its history and begins the next."""
+        """Appends each seed's row to its history and begins the next."""
         for of_seed, row in zip(self.history, rows, strict=True):
             of_seed.append(row)
         self.sums, self.seconds = torch.zeros_like(self.sums), 0.0
@@ -128,7 +128,7 @@ class Progress:
 
 
 def start_folder(args: Args) -> Path:
-    """Makes the run's folder and writes args.json. Raises BadInput where that cannot be."""
+    """Makes the run's folder and writes args.json. Raises BadInput if that fails."""
     last = f"-{args.seed + args.num_seeds - 1}" if args.num_seeds > 1 else ""
     name = f"{args.env_id}__dql__{args.seed}{last}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder, again = args.runs_dir / name, 0
@@ -165,7 +165,7 @@ def write_args(folder: Path, args: Args) -> None:
 
 
 def note_length(args: Args) -> None:
-    """Writes the number of updates of a resumed run into its folder, and into those of its seeds first."""
+    """Writes a resumed run's number of updates into the folders of its seeds, and then into its own."""
     for folder in (*seed_folders(args, args.resume), args.resume):
         saved = read_args(folder)
         if saved.num_updates != args.num_updates:
@@ -174,7 +174,7 @@ def note_length(args: Args) -> None:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Locks a run's folder until the block, or the process, ends however it may. Raises BadInput where it is locked."""
+    """Locks a run's folder until the block or the process ends, in whatever way. Raises BadInput if it is locked."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -189,7 +189,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def finished(folder: Path, num_updates: int) -> dict | None:
-    """The summary of a run that has made all its updates."""
+    """The summary of a run that has made all its updates; None of any other."""
     path = folder / "summary.json"
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         if path.is_file():  # a pipe would be waited for
@@ -200,7 +200,7 @@ def finished(folder: Path, num_updates: int) -> dict | None:
 
 
 def read_checkpoint(folder: Path, device: torch.device) -> dict:
-    """A run's last checkpoint, as `save` made it. Raises BadInput."""
+    """A run's last checkpoint, as `save` wrote it. Raises BadInput."""
     path = folder / "checkpoint.pt"
     kinds = {"agents": list, "generators": list, "progress": dict, "args": dict, "versions": dict, "device": str}
     try:
@@ -216,7 +216,7 @@ def read_checkpoint(folder: Path, device: torch.device) -> dict:
 
 
 def check_zip(path: Path) -> None:
-    """Raises where torch.load would wait for a pipe, unpack more than the file holds, or take bytes that changed."""
+    """Raises if torch.load would wait for a pipe, unpack more than the file holds, or accept damaged bytes."""
     if not path.is_file():
         raise OSError("there is no such file")
     with zipfile.ZipFile(path) as file:
@@ -227,7 +227,7 @@ def check_zip(path: Path) -> None:
 
 
 def check_same_run(checkpoint: dict, folder: Path, args: Args, device: torch.device) -> None:
-    """Raises BadInput where the checkpoint is of other arguments or another kind of device; warns of other versions."""
+    """Raises BadInput if arguments or kind of device differ from the checkpoint's; warns if versions do."""
     if checkpoint["device"] != device.type:
         raise BadInput(f"{folder} ran on {checkpoint['device']}, and goes on exactly there alone: see --device")
     then, now = checkpoint["args"], as_json(args)
@@ -237,16 +237,16 @@ def check_same_run(checkpoint: dict, folder: Path, args: Args, device: torch.dev
     if differ:
         raise BadInput(f"{folder / 'checkpoint.pt'} is not of the run of its args.json: {', '.join(differ)} differ")
     path = {name: now[name] for name in ("compile", "cudagraphs")}
-    for name, value in (versions() | path).items():
+    for name, value in (versions(device) | path).items():
         before = (checkpoint["versions"] | then).get(name)
         if before != value:
             print(f"warning: {name} was {before} and is {value}: results may differ in rounding", file=sys.stderr)
 
 
 def restore(args: Args, agents: list[DiffusionQL], generators: list, begun: Progress) -> Progress:
-    """Puts agents and generators where the checkpoint of the run args.resume left them, if it began like this one.
+    """Restores agents and generators from the checkpoint of the run args.resume; returns its progress.
 
-    Raises BadInput.
+    begun is the progress of this run at its beginning. Raises BadInput if the checkpoint is not of the same run.
     """
     folder, device = args.resume, begun.sums.device
     checkpoint = read_checkpoint(folder, device)
@@ -269,7 +269,7 @@ def restore(args: Args, agents: list[DiffusionQL], generators: list, begun: Prog
 
 
 def restore_agents(checkpoint: dict, folder: Path, agents: list[DiffusionQL]) -> None:
-    """Puts agents where the checkpoint left them. Raises BadInput."""
+    """Restores agents from a checkpoint. Raises BadInput."""
     with must_fit(folder):
         for agent, state in zip(agents, checkpoint["agents"], strict=True):
             agent.load_state_dict(state)
@@ -280,9 +280,9 @@ def restore_agents(checkpoint: dict, folder: Path, agents: list[DiffusionQL]) ->
 
 @torch.no_grad()
 def fill(own: Tensor | dict | list, saved: Tensor | dict | list) -> None:
-    """Copies a saved state into the tensors of own, and takes nothing else from it. Raises where it does not fit.
+    """Copies a saved state into the tensors of own, and takes nothing else from it. Raises if it does not fit.
 
-    copy_ by itself would broadcast, cut imaginary parts and make integers of fractions.
+    copy_ alone would broadcast, drop imaginary parts and round fractions to integers.
     """
     if isinstance(own, Tensor):
         if saved.shape != own.shape or saved.is_floating_point() != own.is_floating_point() or saved.is_complex():
@@ -297,19 +297,19 @@ def fill(own: Tensor | dict | list, saved: Tensor | dict | list) -> None:
 
 
 def parts(state: dict | list) -> dict:
-    """The tensors, dicts and lists in a state: all but settings, of which another version of torch may have others."""
+    """The tensors, dicts and lists in a state: all but settings, which may differ between versions of torch."""
     items = state.items() if isinstance(state, dict) else enumerate(state)
     return {key: part for key, part in items if isinstance(part, (Tensor, dict, list))}
 
 
 def all_finite(state: Tensor | dict | list) -> bool:
-    """Whether all tensors in a state are."""
+    """Whether all tensors in a state are finite."""
     return bool(state.isfinite().all()) if isinstance(state, Tensor) else all(map(all_finite, parts(state).values()))
 
 
 @contextmanager
 def must_fit(folder: Path) -> Iterator[None]:
-    """Turns what is raised within into BadInput."""
+    """Turns any exception of the block into BadInput."""
     try:
         yield
     except Exception as error:  # torch raises nearly anything on what does not fit
@@ -317,7 +317,7 @@ def must_fit(folder: Path) -> Iterator[None]:
 
 
 def check_history(history: list[list[dict]], args: Args) -> None:
-    """Raises unless it holds, of each seed, rows of metrics.csv at the same rising steps."""
+    """Raises unless history holds, for each seed, rows of metrics.csv at the same rising steps."""
     if not len(history) == args.num_seeds or any(len(of_seed) != len(history[0]) for of_seed in history):
         raise ValueError("its history is not of its seeds")
     for rows in zip(*history, strict=True):
@@ -334,7 +334,7 @@ def check_history(history: list[list[dict]], args: Args) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is one, and finite."""
+    """Whether value is a finite number."""
     return type(value) in (int, float) and abs(value) < 1e300
 
 
@@ -343,9 +343,9 @@ def is_number(value: object) -> bool:
 
 @contextmanager
 def held_signals() -> Iterator[Callable[[], None]]:
-    """Holds SIGTERM and SIGINT back; the function that it gives raises Stopped when one has come.
+    """Holds back SIGTERM and SIGINT; yields a function that raises Stopped once one has arrived.
 
-    A second signal has its usual effect. Outside of the main thread, which alone gets signals, nothing is held back.
+    A second signal has its usual effect. Only the main thread gets signals: in another nothing is held back.
     """
     came: list[int] = []
 
@@ -365,7 +365,7 @@ def held_signals() -> Iterator[Callable[[], None]]:
     if threading.current_thread() is threading.main_thread():
         for signum in (signal.SIGTERM, signal.SIGINT):
             handler = signal.getsignal(signum)
-            if handler not in (signal.SIG_IGN, None):  # ignored, as SIGINT is in a script's background; or not Python's
+            if handler not in (signal.SIG_IGN, None):  # ignored, as SIGINT is for background jobs; or not Python's
                 before[signum] = handler
                 signal.signal(signum, note)
     try:
@@ -375,12 +375,12 @@ def held_signals() -> Iterator[Callable[[], None]]:
 
 
 def finite_parameters(parameters: dict[str, Tensor]) -> Tensor:
-    """Whether all are, (): asked of the device, and not waited for."""
+    """Whether all parameters are finite, (): a device tensor, which is not waited for."""
     return torch.stack([p.isfinite().all() for p in parameters.values()]).all()
 
 
 def check_health(folder: Path, args: Args, states: list[dict], now: Progress) -> None:
-    """Raises Diverged where the losses added up or any seed's parameters are not finite. It waits for the device."""
+    """Raises Diverged if the summed losses or any seed's parameters are not finite. Waits for the device."""
     now.wait()
     fine = dict(zip(LOSS_NAMES, now.sums.isfinite().T, strict=True))
     for name in NETWORKS:
@@ -395,9 +395,9 @@ def check_health(folder: Path, args: Args, states: list[dict], now: Progress) ->
 
 
 def q_alarm(reward: Tensor, args: Args) -> Callable[[list[dict]], None]:
-    """A function of rows that warns, once a seed, of a mean target (Eq. 4) beyond any discounted sum of rewards.
+    """A function of rows that warns, once per seed, if the mean target (Eq. 4) exceeds any discounted sum of rewards.
 
-    Beyond by a twentieth of their range, for Q may well be a little off.
+    The margin is a twentieth of the range of such sums, for Q may well be a little off.
     """
     horizon = 1 / (1 - args.gamma) if args.gamma < 1 else float("inf")
     low, high = min(0.0, reward.min().item() * horizon), max(0.0, reward.max().item() * horizon)
@@ -417,8 +417,8 @@ def q_alarm(reward: Tensor, args: Args) -> Callable[[list[dict]], None]:
 
 
 def select(rows: list[dict], args: Args) -> dict[str, dict]:
-    """The evaluation that is last, best ("online selection"), and of (rank + 1)-th lowest denoising loss since the one
-    before ("offline selection": it needs no environment)."""
+    """The last evaluation, the best ("online selection"), and the one with the (rank + 1)-th lowest denoising loss, a
+    mean since the evaluation before ("offline selection", which needs no environment)."""
     evaluations, losses, weights, start = [], [], [], 0
     for row in rows:
         weights.append(row["step"] - start)
@@ -442,7 +442,7 @@ def select(rows: list[dict], args: Args) -> dict[str, dict]:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Calls write with a path beside, then renames it: no reader and no crash ever finds the file half written.
 
-    Raises BadInput where it cannot be written, a full disk say; the file that was there is as it was.
+    Raises BadInput if that fails, on a full disk say; the old file is then as it was.
     """
     beside = path.with_name(f".part-{path.name}")
     try:
@@ -459,9 +459,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def files_beside(folder: Path) -> Iterator[Path]:
-    """The path of a folder to make and fill with files; at the end they are moved to the folder given.
+    """Yields the path of a folder to make and fill; at the end its files are moved into the folder given.
 
-    Raises BadInput where that cannot be.
+    Raises BadInput if that fails.
     """
     beside = folder / ".part-files"
     try:
@@ -478,7 +478,7 @@ def files_beside(folder: Path) -> Iterator[Path]:
 
 
 def write_torch(path: Path, contents: dict) -> None:
-    """torch.save by way of memory: straight to a file, it does not say why it cannot."""
+    """torch.save by way of memory: straight to a file, it would not say why it failed."""
     buffer = io.BytesIO()
     torch.save(contents, buffer)
     write_whole(path, lambda beside: beside.write_bytes(buffer.getbuffer()))
@@ -506,7 +506,7 @@ def write_curve(path: Path, rows: list[dict], args: Args, paper: tuple[float, fl
     left.set(xlabel="updates", ylabel="normalized score", title=f"{args.env_id}, seed {args.seed}")
     left.legend()
     for name in ("critic_loss", "bc_loss", "q_loss"):
-        if any(r[name] for r in rows):  # cloning has the second alone
+        if any(r[name] for r in rows):  # cloning has bc_loss alone
             right.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
     right.set(xlabel="updates", title="losses")
     right.set_yscale("symlog", linthresh=1e-3)
@@ -516,29 +516,29 @@ def write_curve(path: Path, rows: list[dict], args: Args, paper: tuple[float, fl
         axes.xaxis.set_major_formatter("{x:,.0f}")
     figure.savefig(path)
     del figure, left, right
-    gc.collect()  # a figure is in cycles, and its picture of megabytes would wait for the collector
+    gc.collect()  # a figure is part of reference cycles: its megabytes would wait for the collector
 
 
 @functools.cache
 def processor_vendor() -> str:
-    """Who made the processor: "AMD", "Intel" or "other"."""
+    """The processor's vendor: "AMD", "Intel" or "other"."""
     cpuinfo = Path("/proc/cpuinfo")
     name = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
     return "AMD" if "AuthenticAMD" in name else "Intel" if "GenuineIntel" in name else "other"
 
 
 def instructions() -> str:
-    """What the choice of products depends on: the processor's vendor and its vector instructions, "AMD AVX512"."""
+    """The processor's vendor and vector instructions, such as "AMD AVX512"; compiling.py chooses products by them."""
     return f"{processor_vendor()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 @functools.cache
-def versions() -> dict[str, str | int]:
-    """Of what a score depends on."""
+def versions(device: torch.device) -> dict[str, str | int]:
+    """The versions of everything that a score depends on, for a run on that device."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
     found["instructions"] = instructions()
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
     found["torch"] = str(torch.__version__)  # with its build, which the metadata of PyPI's wheels leave out
     for package in ("numpy", "gymnasium", "gymnasium-robotics", "mujoco", "gym", "d4rl", "free-mujoco-py"):
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -547,7 +547,7 @@ def versions() -> dict[str, str | int]:
 
 
 def seed_folders(args: Args, folder: Path) -> list[Path]:
-    """Of each seed: the run's folder itself, or a folder within where there are several."""
+    """The folder of each seed: the run's own, or with several seeds a folder within for each."""
     if args.num_seeds == 1:
         return [folder]
     return [folder / f"seed-{seed}" for seed in range(args.seed, args.seed + args.num_seeds)]
@@ -555,7 +555,7 @@ def seed_folders(args: Args, folder: Path) -> list[Path]:
 
 @contextmanager
 def open_logs(args: Args, folder: Path, step: int) -> Iterator[list]:
-    """A TensorBoard writer for each seed, which forgets what a run before wrote beyond step, and Weights & Biases."""
+    """Yields a TensorBoard writer for each seed, which drops earlier events beyond step; starts Weights & Biases."""
     from torch.utils.tensorboard import SummaryWriter
 
     if args.track:
@@ -578,7 +578,7 @@ def open_logs(args: Args, folder: Path, step: int) -> Iterator[list]:
 
 
 def log(args: Args, folder: Path, history: list[list[dict]], writers: list, paper: tuple | None) -> None:
-    """The newest row of each seed, to TensorBoard and metrics.csv; after an evaluation the curve."""
+    """Writes each seed's newest row to TensorBoard and metrics.csv, and after an evaluation curve.png."""
     for k, (path, rows, writer) in enumerate(zip(seed_folders(args, folder), history, writers, strict=True)):
         for name in METRICS[1:]:
             if rows[-1][name] != "":
@@ -594,14 +594,15 @@ def log(args: Args, folder: Path, history: list[list[dict]], writers: list, pape
 
 
 def save(args: Args, folder: Path, states: list[dict], generators: list, now: Progress) -> None:
-    """The checkpoint of each seed, for itself; then that of all, from which a run goes on.
+    """Writes a checkpoint of each seed, usable by itself, and then that of all, from which the run is resumed.
 
-    states are those of the seeds' agents. Raises Diverged before anything is written, BadInput where it cannot be.
+    states are those of the seeds' agents. Raises Diverged before anything is written, and BadInput if writing fails.
     """
     check_health(folder, args, states, now)
     now.kept = now.step
     numbers = [generator.get_state() for generator in generators]
-    common = {"versions": versions(), "device": generators[0].device.type}
+    device = generators[0].device
+    common = {"versions": versions(device), "device": device.type}
     whole = {"agents": states, "generators": numbers, "progress": vars(now), "args": as_json(args)}
     for k, path in enumerate(seed_folders(args, folder) if args.num_seeds > 1 else []):
         progress = vars(now) | {"sums": now.sums[k : k + 1].clone(), "history": now.history[k : k + 1]}
@@ -612,7 +613,7 @@ def save(args: Args, folder: Path, states: list[dict], generators: list, now: Pr
 
 
 def summarize(args: Args, folder: Path, history: list[list[dict]], device: torch.device, paper: tuple | None) -> dict:
-    """Writes each seed's summary.json and, of several, the mean and spread; returns the run's."""
+    """Writes each seed's summary.json and, with several seeds, that of all, with mean and spread; returns the run's."""
     common = {
         "env_id": args.env_id,
         "num_updates": history[0][-1]["step"],
@@ -620,7 +621,7 @@ def summarize(args: Args, folder: Path, history: list[list[dict]], device: torch
         "updates_per_second": history[0][-1]["step"] / history[0][-1]["seconds"],
         "seconds": history[0][-1]["seconds"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": versions(),
+        "versions": versions(device),
     }
     summaries = []
     for k, (path, rows) in enumerate(zip(seed_folders(args, folder), history, strict=True)):
@@ -637,7 +638,7 @@ def summarize(args: Args, folder: Path, history: list[list[dict]], device: torch
 
 
 def report(summary: dict) -> str:
-    """A summary's scores to read, and where the run's folder is."""
+    """The text that ends a run: a summary's scores and the run's folder."""
     seeds = summary.get("num_seeds", 1)
     last = f"-{summary['seed'] + seeds - 1}" * (seeds > 1)
     lines = [f"{summary['env_id']}, seed {summary['seed']}{last}, {summary['num_updates']} updates, normalized score:"]

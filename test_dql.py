@@ -466,6 +466,7 @@ def test_a_run_writes_its_folder(tmp_path):
     assert summary["last"]["step"] == 30 and summary["last"]["episodes"] == 3 and summary["paper"] == (90.5, 4.6)
     assert summary["best"]["score"] == max(float(r["score"]) for r in rows if r["score"])
     assert summary["versions"]["torch"] == torch.__version__ and summary["updates_per_second"] > 0
+    assert "gpu" not in summary["versions"], "it ran on the CPU"
     with open(folder / "curve.png", "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
@@ -1196,9 +1197,10 @@ def test_no_foreach_operation_is_compiled(several):
         seen.extend(str(node.target) for node in graph.graph.nodes)
         return graph
 
-    agent = replicate([tiny_agent(), tiny_agent()]) if several else tiny_agent()
-    generator = [torch.Generator() for _ in range(2)] if several else torch.Generator()
-    batch = Batch(*(torch.stack([x, x]) for x in random_batch(tiny_agent()))) if several else random_batch(agent)
+    agent, generator, batch = three_agents()[0], torch.Generator(), random_batch(tiny_agent())
+    if several:
+        agent, generator = replicate(three_agents()), generators_of("cpu", 3)
+        batch = Batch(*(torch.stack(3 * [x]) for x in batch))
     for function in (agent.critic_gradient, agent.policy_gradient):
         torch.compile(function, backend=look, fullgraph=True)(batch, agent.draw(generator))
     assert len(seen) > 100 and not [name for name in seen if "foreach" in name]

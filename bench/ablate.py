@@ -241,7 +241,8 @@ def open_folder(args: Args) -> None:
     """Makes the folder and writes ablate.json. Raises BadInput where it holds what was run with other arguments."""
     path, mine = args.out / "ablate.json", json.loads(json.dumps(asdict(args), default=str))
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device
-    text = json.dumps({"args": mine, "device": device, "versions": versions()}, indent=2) + "\n"
+    found = versions(torch.device(args.device))
+    text = json.dumps({"args": mine, "device": device, "versions": found}, indent=2) + "\n"
     try:
         others = json.loads(path.read_text())["args"] if path.exists() else mine
         differ = [f"{name} {others[name]}" for name in FIXED if others[name] != mine[name]]

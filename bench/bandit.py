@@ -310,7 +310,7 @@ def main(args: Args) -> None:
     write_whole(args.out / "steps.png", lambda path: draw(path, by_steps, data))
     text = json.dumps({
         "seed": args.seed, "updates": UPDATES, "q_updates": Q_UPDATES, "diffusion_q_updates": DIFFUSION_Q_UPDATES,
-        "seconds": round(time.perf_counter() - start), "versions": versions(),
+        "seconds": round(time.perf_counter() - start), "versions": versions(torch.device("cpu")),
         "policies": {name: numbers(action, data) for name, action in found.items()},
     }, indent=1)  # fmt: skip
     write_whole(args.out / "bandit.json", lambda path: path.write_text(text + "\n"))

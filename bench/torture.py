@@ -278,7 +278,7 @@ def main() -> None:
                 found = kill_and_compare(runs, args.kills, folder, random.Random(args.seed))
                 results["kills"] = results.get("kills", {}) | {case: found}
             print(case, json.dumps(results["kills"][case] if case in KILLED else results[case]), flush=True)
-            results["versions"] = versions()
+            results["versions"] = versions(torch.device("cpu"))
             write_whole(args.out, lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
 
 
