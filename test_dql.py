@@ -1,8 +1,8 @@
-"""The proof: every part of dql.py and d4rl_tasks.py against something that is not itself.
+"""Tests of dql.py, d4rl_tasks.py and the files they use, each part against something independent of it.
 
     pytest test_dql.py
 
-Oracles: the official implementation's figures (reference/official_update.json), D4RL's own transitions
+Oracles: the official implementation's numbers (reference/official_update.json), steps of D4RL's own environments
 (reference/classic_steps.npz), closed forms and second implementations in float64.
 """
 
@@ -98,7 +98,7 @@ def parameters(agent: DiffusionQL) -> list[torch.Tensor]:
 
 
 def fill_official(network: torch.nn.Module, rs: np.random.RandomState) -> None:
-    """Weights by the rules of the official figures: uniform(-1, 1) / sqrt(fan in), 16 for a bias, layer by layer."""
+    """Draws weights as the official run did: uniform(-1, 1) / sqrt(fan-in), fan-in 16 for a bias, layer by layer."""
     for p in network.parameters():
         p.data.copy_(torch.as_tensor(rs.uniform(-1, 1, p.shape) / math.sqrt(p.shape[1] if p.dim() == 2 else 16)))
 
@@ -119,7 +119,7 @@ def official_draws(rs: np.random.RandomState, A: int, B: int, N: int, rows: int)
 
 @pytest.mark.parametrize("case", OFFICIAL["cases"])
 def test_official_updates(case, float64):
-    """Twelve updates on the official implementation's numbers: losses, actions, Q values and norms to 1e-9."""
+    """Twelve updates match the official implementation's losses, actions, Q values and weight norms to 1e-9."""
     want = OFFICIAL["cases"][case]
     c = want["config"]
     S, A, B, N = (c[k] for k in "SABN")
@@ -182,7 +182,7 @@ def test_schedules_by_hand():
 
 @pytest.mark.parametrize("schedule", ["vp", "linear", "cosine"])
 def test_reverse_chain_is_bayes_rule(schedule, float64):
-    """With a predictor that says one constant, every reverse step is the posterior of a product of two Gaussians."""
+    """With a constant noise predictor, every reverse step samples the posterior, a product of two Gaussians."""
     N, B = 4, 6
     policy = DiffusionPolicy(3, 2, 1.0, N, schedule)
     eps = torch.tensor([0.3, -0.2])
@@ -217,7 +217,7 @@ def test_last_noise_is_not_added_and_actions_stay_in_bounds():
 
 
 def test_bc_loss_is_eq_2(float64):
-    """Against Eq. 2 written out a sample at a time."""
+    """bc_loss equals Eq. 2 written out one sample at a time."""
     policy = DiffusionPolicy(3, 2, 1.0, 5, "vp")
     rng = np.random.default_rng(0)
     action, state, noise = (torch.as_tensor(rng.standard_normal((7, d))) for d in (2, 3, 2))
@@ -235,7 +235,7 @@ def test_bc_loss_is_eq_2(float64):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=can_compile)])
 def test_mish_and_its_gradient(compiled, dtype):
-    """x tanh(log(1 + e^x)) and its derivative, to the rounding of x itself, also where e^x would overflow."""
+    """x tanh(log(1 + e^x)) and its derivative are accurate to the rounding of x, even where e^x would overflow."""
     x = torch.cat([torch.linspace(-120, 120, 9601), torch.tensor([-1e30, -1e4, 0.0, 19.999, 20.001, 1e4, 1e30])])
     x = x.to(dtype).requires_grad_()
     exact = x.detach().double().requires_grad_()
@@ -280,7 +280,7 @@ def test_policy_gradient_against_finite_differences(float64):
 
 
 def test_coin_chooses_the_critic(float64):
-    """Above 0.5 Q1 is maximised and |Q2| normalises, as a constant."""
+    """With a coin above 0.5, Q_1 is maximised and |Q_2| normalises; otherwise the two swap roles."""
     agent = tiny_agent()
     batch, draws = random_batch(agent), agent.draw(torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -291,7 +291,7 @@ def test_coin_chooses_the_critic(float64):
 
 
 def test_backup_takes_the_maximum_before_the_minimum():
-    """Ten next actions: the maximum of each critic, then the lesser; minimum first would give 1, not 4."""
+    """Over ten next actions each critic's maximum, then the minimum of the two; the other order would give 1, not 4."""
     agent = tiny_agent(max_q_backup=True, batch_size=2, gamma=0.5)
     q1 = torch.tensor([5.0] + 9 * [1.0] + 10 * [0.0])
     q2 = torch.tensor([1.0] + 8 * [1.0] + [4.0] + 10 * [0.0])
@@ -335,7 +335,7 @@ def test_gradients_are_clipped_network_by_network():
 
 
 def test_eta_0_is_behaviour_cloning():
-    """The policy learns what it learns at any eta > 0 with a Q-loss of no weight; critics rest; one candidate acts."""
+    """eta 0 trains the policy as a vanishing eta does, leaves the critics unchanged, and acts with one candidate."""
     agents = [tiny_agent(eta=0.0), tiny_agent(eta=1e-30)]
     for agent in agents:
         generator = torch.Generator().manual_seed(0)
@@ -375,7 +375,7 @@ def test_draws_are_fresh_normal_and_uniform():
 
 
 def test_act_draws_from_the_softmax_of_min_target_q():
-    """Three candidates of known Q, 20,000 states: shares within four standard errors; temperature 0 takes the best."""
+    """Three candidates of known Q: frequencies are right to four standard errors; temperature 0 takes the best."""
     states, q = 20_000, torch.tensor([1.0, 0.0, -1.0])
     for temperature in (1.0, 0.5, 0.0):
         agent = tiny_agent(eval_candidates=3, eval_temperature=temperature)
@@ -389,7 +389,7 @@ def test_act_draws_from_the_softmax_of_min_target_q():
 
 
 def test_act_pairs_states_with_their_own_candidates():
-    """One candidate each, two states: the same actions as the chain alone; and --eval-average acts with the average."""
+    """With one candidate per state, actions are those of the chain alone; --eval-average uses the policy's average."""
     agent = tiny_agent(eval_candidates=1)
     for p in agent.policy_ema.parameters():
         p.data.mul_(2)
@@ -401,7 +401,7 @@ def test_act_pairs_states_with_their_own_candidates():
 
 
 def test_bandit_finds_the_best_corner():
-    """Actions at four corners, the best of them rewarded with 5: the chain alone, no candidates, learns to go there."""
+    """Data hold actions at four corners; the policy alone, with one candidate, learns the corner of highest reward."""
     rng = np.random.default_rng(0)
     corner = rng.integers(0, 4, 4000)
     centers = np.array([[-0.8, 0.8], [-0.8, -0.8], [0.8, 0.8], [0.8, -0.8]])
@@ -423,7 +423,7 @@ def test_bandit_finds_the_best_corner():
 
 
 def random_file(path: Path, env_id="hopper-medium-v2", rows=600) -> Path:
-    """A D4RL-layout file of the task's widths with random contents."""
+    """Writes a file in D4RL's layout, with the task's dimensions and random contents."""
     h5py = pytest.importorskip("h5py")
     rng, task = np.random.default_rng(0), TASKS[env_id]
     with h5py.File(path, "w") as file:
@@ -474,7 +474,7 @@ def test_a_run_writes_its_folder(tmp_path):
 @run_wanted
 @pytest.mark.parametrize("env_id", dql.SETTINGS)
 def test_every_task_runs_end_to_end(env_id, tmp_path, monkeypatch, capsys):
-    """The command line, on a tiny file: the task's own settings, whole episodes, a score for the best and the last."""
+    """The command line on a tiny file: the task's settings, whole episodes, and a printed score for the last update."""
     data = random_file(tmp_path / "data.hdf5", env_id)
     monkeypatch.setattr(sys, "argv", [
         "dql.py", "--env-id", env_id, "--dataset-path", str(data), "--runs-dir", str(tmp_path), "--device", "cpu",
@@ -485,13 +485,13 @@ def test_every_task_runs_end_to_end(env_id, tmp_path, monkeypatch, capsys):
     dql.main()
     out = capsys.readouterr().out
     assert re.search(r"last +-?\d+\.\d ± \d+\.\d \(2 episodes, update 4\)", out), out
-    if TASKS[env_id].family in ("halfcheetah", "antmaze", "kitchen"):  # the others may fall before their time
+    if TASKS[env_id].family in ("halfcheetah", "antmaze", "kitchen"):  # the others may fall and end early
         assert [env.get_wrapper_attr("_elapsed_steps") for env in envs] == 2 * [TASKS[env_id].max_episode_steps]
 
 
 @run_wanted
 def test_a_run_can_end_with_a_video(tmp_path, monkeypatch):
-    """One whole episode in a file of its own; skipped where no OpenGL can draw."""
+    """The run writes one video file, and resuming writes it if it is missing; skipped if OpenGL cannot render."""
     try:
         make_env("hopper-medium-v2", render_mode="rgb_array").render()
     except Exception as error:  # every OpenGL backend fails in its own way
@@ -500,7 +500,7 @@ def test_a_run_can_end_with_a_video(tmp_path, monkeypatch):
     folder = Path(dql.train(tiny_args(tmp_path, num_updates=2, capture_video=True))["folder"])
     (video,) = folder.glob("*.mp4")
     assert video.stat().st_size > 1000 and not list(folder.glob(".part*"))
-    video.unlink()  # as where a run was killed before it was there
+    video.unlink()  # as if the run had been killed before writing it
     dql.train(Args(resume=folder, capture_video=True, device="cpu"))
     assert video.stat().st_size > 1000
 
@@ -513,7 +513,7 @@ def test_same_seed_same_metrics_and_other_seed_other(tmp_path):
 
 
 def on_call(count: int, function, do):
-    """function, which at its count-th call does something before."""
+    """Wraps function so that its count-th call first calls do()."""
     calls = itertools.count(1)
 
     def called(*args):
@@ -525,7 +525,7 @@ def on_call(count: int, function, do):
 
 
 def assert_same_end(a: Path, b: Path) -> None:
-    """The same weights, optimizers, averages, generators, metrics and scores, to the last bit; times aside."""
+    """Two runs have the same weights, optimizers, averages, generators, metrics and scores, bit for bit; not times."""
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b)]
     for part in ("agents", "generators"):
         assert_states_close(states[0][part], states[1][part], rtol=0, atol=0)
@@ -542,7 +542,7 @@ def assert_same_end(a: Path, b: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run_left_alone(tmp_path_factory):
-    """The arguments and the folder of a run of 24 updates, by number of seeds."""
+    """A function from a number of seeds to the arguments and folder of an uninterrupted run of 24 updates."""
 
     @functools.cache
     def run(num_seeds: int) -> tuple[Args, Path]:
@@ -554,14 +554,14 @@ def run_left_alone(tmp_path_factory):
 
 @pytest.fixture
 def interruptible():
-    """In a script's background SIGINT is ignored, and then a run ignores it too."""
+    """Enables SIGINT: background jobs start with it ignored, and a run would then ignore it too."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def times_of_change(folder: Path) -> dict[Path, int]:
-    """Of all that a run has written: not of the lock, which every look at it may touch."""
+    """Modification times of all that a run has written, except the lock, which a mere look at the run may touch."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
 
 
@@ -574,7 +574,7 @@ def times_of_change(folder: Path) -> dict[Path, int]:
 def test_a_stopped_run_goes_on_exactly(
     num_seeds, module, name, count, step, signum, run_left_alone, interruptible, monkeypatch, capsys, tmp_path
 ):
-    """A signal in an update, in an evaluation and in a log: a checkpoint, one line, and the end of a run left alone."""
+    """A signal during an update, evaluation or log stops a run; resumed, it ends exactly as if never interrupted."""
     args, whole = run_left_alone(num_seeds)
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     count *= num_seeds if module is dql else 1  # seeds take turns
@@ -629,7 +629,7 @@ def test_the_end_of_a_decay_does_not_move(tmp_path):
 
 @run_wanted
 def test_a_seed_copied_out_of_its_run_goes_on_alone(run_left_alone, interruptible, monkeypatch, tmp_path):
-    """On a CPU it ends with the bits that it has in the run: so the seeds of a run can be spread over cores."""
+    """On a CPU it ends bit for bit as it does within the run, so a run's seeds can be spread over cores."""
     args, whole = run_left_alone(2)
     with monkeypatch.context() as patch, pytest.raises(dql.Stopped) as stop:
         patch.setattr(dql, "train_step", on_call(20, dql.train_step, lambda: signal.raise_signal(signal.SIGTERM)))
@@ -643,7 +643,7 @@ def test_a_seed_copied_out_of_its_run_goes_on_alone(run_left_alone, interruptibl
 
 @run_wanted
 def test_a_run_killed_at_random_moments_ends_the_same(tmp_path):
-    """Three kills of one seed's run and three of two seeds' at once."""
+    """Kills a run of one seed three times, and a run of two seeds three times."""
     out = tmp_path / "torture.json"
     command = [sys.executable, "bench/torture.py", "--kills", "3", "--cases", "one", "several", "--out", str(out)]
     subprocess.run(command, cwd=HERE, check=True, timeout=1200, capture_output=True)
@@ -682,7 +682,7 @@ def test_resume_refuses_what_is_not_the_run(tmp_path):
 
 @run_wanted
 def test_resume_refuses_flags_with_their_default_values(run_left_alone, capsys):
-    """The command line knows which flags were given; those of the run itself are welcome."""
+    """A flag given explicitly must match the run's value even if it is the default; one that matches is accepted."""
     args, folder = run_left_alone(2)
     capsys.readouterr()
     resume = ["--resume", str(folder)]
@@ -692,12 +692,12 @@ def test_resume_refuses_flags_with_their_default_values(run_left_alone, capsys):
     same = [*resume, "--num-seeds", "2", "--dataset-path", os.path.relpath(args.dataset_path)]
     command_line.refuse_given(command_line.parse(same), same)
     assert command_line.resumed_args(command_line.parse(same)).dataset_path == args.dataset_path
-    command_line.refuse_given(Args(resume=folder), ["--resume", "num-seeds"])  # a folder of that name is no flag
+    command_line.refuse_given(Args(resume=folder), ["--resume", "num-seeds"])  # a folder of that name is not a flag
 
 
 @run_wanted
 def test_a_forged_summary_is_no_end(run_left_alone, tmp_path):
-    """What cannot be read as a summary is written again, from the checkpoint."""
+    """A summary.json that is not a valid one of the run does not count; resuming rewrites it from the checkpoint."""
     _, whole = run_left_alone(1)
     folder = shutil.copytree(whole, tmp_path / "run")
     path, good = folder / "summary.json", json.loads((whole / "summary.json").read_text())
@@ -714,13 +714,13 @@ def test_a_forged_summary_is_no_end(run_left_alone, tmp_path):
 
 @run_wanted
 def test_a_run_killed_between_two_files_goes_on(run_left_alone, monkeypatch):
-    """Wherever a checkpoint is interrupted: every file of the end is that of a run left alone."""
+    """A run killed while it writes a checkpoint's files, once resumed, ends exactly like an uninterrupted one."""
     args, whole = run_left_alone(2)
 
     def killed():
         raise KeyboardInterrupt
 
-    for count in (2, 6):  # evaluations at 12 and 24 write three each: two seeds' and the group's
+    for count in (2, 6):  # the evaluations at 12 and 24 write three files each: one per seed and the group's
         before = set(args.runs_dir.iterdir())
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(run_folder, "write_torch", on_call(count, run_folder.write_torch, killed))
@@ -732,7 +732,7 @@ def test_a_run_killed_between_two_files_goes_on(run_left_alone, monkeypatch):
 
 @run_wanted
 def test_a_policy_of_another_device_acts_here(run_left_alone, tmp_path):
-    """What was trained on a GPU acts on a CPU: its generator's state, which fits none here, is not wanted."""
+    """A policy trained on a GPU acts on a CPU: its generator's state, which does not fit a CPU's, is not restored."""
     _, folder = run_left_alone(1)
     other = shutil.copytree(folder, tmp_path / "run")
     checkpoint = torch.load(other / "checkpoint.pt", weights_only=True)
@@ -755,7 +755,7 @@ def test_a_summary_that_is_none_is_written_again(run_left_alone, tmp_path):
 
 @run_wanted
 def test_a_second_writer_is_refused(tmp_path):
-    """While a process holds the run's folder; not after it is gone, however it went."""
+    """A run is refused while another process holds its folder, but not after that process was killed."""
     folder = run_folder.start_folder(dql.with_settings(tiny_args(tmp_path, num_updates=2)))
     hold = f"import pathlib, run_folder\nwith run_folder.only_writer(pathlib.Path({str(folder)!r})): print(1); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -769,7 +769,7 @@ def test_a_second_writer_is_refused(tmp_path):
 
 @run_wanted
 def test_a_full_disk_leaves_the_last_checkpoint(run_left_alone, monkeypatch):
-    """No file may grow beyond 100 kB: one line, the checkpoint as it was, and with room again the run goes on."""
+    """When writing fails, the error is one line and the old checkpoint stays; with room again the run ends the same."""
     resource = pytest.importorskip("resource")
     args, whole = run_left_alone(1)
     with monkeypatch.context() as patch, pytest.raises(dql.Stopped) as stop:
@@ -799,7 +799,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(run_left_alone, monkeypatch):
 @run_wanted
 @pytest.mark.parametrize("num_seeds", [1, 2])
 def test_a_run_that_diverges_stops(num_seeds, tmp_path, monkeypatch):
-    """Within one row; the checkpoint is of before, and finite."""
+    """A run stops at the next row or checkpoint; the last checkpoint is from before, and finite."""
     args = tiny_args(tmp_path, num_seeds=num_seeds, checkpoint_every=4)
 
     def poison():
@@ -842,7 +842,7 @@ def test_exit_codes(error, code, says, monkeypatch, capsys):
 
 
 def test_q_beyond_what_rewards_allow_is_told_once(capsys):
-    """Once for each seed, and not for a twentieth of the range that rewards allow."""
+    """The warning comes once per seed, and only beyond a margin of a twentieth of the range that rewards allow."""
     warn = run_folder.q_alarm(torch.tensor([-1.0, 2.0]), Args(gamma=0.9, seed=7))
     for values, told in (((21, -11), []), ((0, -12), [8]), ((22, -99), [7]), ((99, 99), [])):
         warn([{"step": 5, "target_q": value} for value in values])
@@ -855,7 +855,7 @@ def test_q_beyond_what_rewards_allow_is_told_once(capsys):
 @run_wanted
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
 def test_many_evaluations_leak_nothing(tmp_path, monkeypatch):
-    """50 evaluations and checkpoints: as many environments, threads and open files after the 5th as after the last."""
+    """Over 50 evaluations and checkpoints, environments, threads and open files stay constant from the 5th on."""
     counts, evaluations, evaluate = [], itertools.count(1), dql.evaluate
 
     def evaluate_and_count(*args):
@@ -866,14 +866,14 @@ def test_many_evaluations_leak_nothing(tmp_path, monkeypatch):
         return evaluate(*args)
 
     monkeypatch.setattr(dql, "evaluate", evaluate_and_count)
-    monkeypatch.setattr(run_folder, "write_curve", lambda path, *_: path.write_bytes(b""))  # half a second each
+    monkeypatch.setattr(run_folder, "write_curve", lambda path, *_: path.write_bytes(b""))  # plots take half a second
     dql.train(tiny_args(tmp_path, num_updates=50, eval_every=1, eval_episodes=1, checkpoint_every=1))
     assert len(counts) == 4 and len(set(counts)) == 1, counts
 
 
 @run_wanted
 def test_resume_takes_whole_runs_and_another_path(tmp_path):
-    """A seed of a run of several is not resumed alone; where it runs may change, or stays as it was."""
+    """One seed of several is not resumed in its run's folder; device and --compile may change, and otherwise stay."""
     folder = Path(dql.train(tiny_args(tmp_path, num_updates=2, num_seeds=2))["folder"])
     with pytest.raises(BadInput, match="resume that"):
         dql.train(Args(resume=folder / "seed-0", device="cpu"))
@@ -885,7 +885,7 @@ def test_resume_takes_whole_runs_and_another_path(tmp_path):
 
 @run_wanted
 def test_load_policy(tmp_path):
-    """Numpy in, numpy out; torch in, torch out; one state or many; the same seed acts the same."""
+    """Numpy in, numpy out; torch in, torch out; one state or many; the same seed gives the same actions."""
     folder = dql.train(tiny_args(tmp_path, num_updates=2))["folder"]
     policy, again = dql.load_policy(folder, device="cpu"), dql.load_policy(folder, device="cpu")
     states = np.random.default_rng(0).standard_normal((5, 11))
@@ -899,13 +899,13 @@ def test_load_policy(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     assert not np.array_equal(average(states), online(states))
     assert not np.array_equal(online(states), dql.load_policy(folder, device="cpu")(states))
-    for wrong in (np.zeros(22), np.zeros((11, 2)), 0.0):  # of 22 numbers two states could be made
+    for wrong in (np.zeros(22), np.zeros((11, 2)), 0.0):  # 22 numbers could pass for two states
         with pytest.raises(ValueError, match="have 11 numbers each"):
             policy(wrong)
 
 
 def test_offline_selection_takes_the_ranked_evaluation():
-    """Losses since the evaluation before, weighted by updates; ranks beyond the last take the worst."""
+    """Evaluations rank by mean loss since the one before, weighted by updates; ranks beyond the last take the worst."""
     rows = [
         {"step": 10, "bc_loss": 9.0, "score": "", "score_std": ""},
         {"step": 20, "bc_loss": 1.0, "score": 1.0, "score_std": 0.0},  # mean 5
@@ -951,11 +951,11 @@ def test_settings_are_the_papers():
 # ----------------------------------------------------------------- the fast paths
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-FLOAT64 = {"rtol": 1e-9, "atol": 1e-11}  # other orders of summation, amplified by Adam's division over 100 updates
+FLOAT64 = {"rtol": 1e-9, "atol": 1e-11}  # for sums in another order, amplified by Adam's division over 100 updates
 
 
 def assert_states_close(a, b, **tolerance) -> None:
-    """Two nested states have the same keys, the same tensors up to the tolerance, and else the same values."""
+    """Two nested states have the same keys, tensors equal within the tolerance, and otherwise equal values."""
     if isinstance(a, torch.Tensor):
         torch.testing.assert_close(a, b, **tolerance)
     elif isinstance(a, dict):
@@ -971,7 +971,7 @@ def assert_states_close(a, b, **tolerance) -> None:
 
 
 def three_agents(**args) -> list[DiffusionQL]:
-    """Of other weights and etas; their averages start early, and some of their gradients are longer than grad_norm."""
+    """Agents with different weights and etas; their averages start early, and some gradients exceed grad_norm."""
     settings = {"num_steps": 2, "average_from": 2, "average_every": 3, "grad_norm": 3.0, **args}
     agents = []
     for seed, eta in enumerate((1.0, 0.3, 2.0)):
@@ -997,7 +997,7 @@ def generators_of(device: str, count: int) -> list[torch.Generator]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("changes", [{}, {"max_q_backup": True, "lr_decay": True, "num_updates": 100}, {"eta": 0.0}])
 def test_replicas_equal_single_agents(changes, device, float64):
-    """100 updates of three agents at once, each with its own generator: losses and whole states of three runs alone."""
+    """100 updates of three agents at once, each with its own generator, and acting equal three single runs."""
     agents, data = three_agents(device=device, **changes), tiny_data(device)
     many, generators = replicate(agents), generators_of(device, 3)
     alone = generators_of(device, 3)
@@ -1021,7 +1021,7 @@ def test_replicas_equal_single_agents(changes, device, float64):
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=can_compile)])
 def test_agents_in_turn_are_single_agents(compiled, float64):
-    """What a CPU makes of several seeds: given the same generators, the losses, states and actions of each alone."""
+    """Agents that take turns, as on a CPU, give the losses, states and actions of single runs with equal generators."""
     agents, data = three_agents(), tiny_data("cpu")
     own, generators, alone = copy.deepcopy(agents), generators_of("cpu", 3), generators_of("cpu", 3)
     if compiled:
@@ -1042,7 +1042,7 @@ def test_agents_in_turn_are_single_agents(compiled, float64):
 
 @can_compile
 def test_what_is_compiled_for_one_seed_or_eta_serves_the_next(float64):
-    """A function is compiled eight times at most, then it raises: a longer grid must do with one."""
+    """torch.compile raises after compiling a function eight times, so ten agents in a row must share compiled code."""
     torch.compiler.reset()
     data, generator = tiny_data("cpu"), torch.Generator()
     for k in range(10):
@@ -1066,7 +1066,7 @@ onednn_wanted = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), rea
 @onednn_wanted
 @pytest.mark.parametrize("shapes", [(50, 39, 256), (256, 256, 256), (7, 256, 6)])
 def test_products_by_onednn(shapes):
-    """x w + bias, and of transposed matrices, as float64 has it; the rounding of k float32 terms is below 1e-6 k."""
+    """x w + bias, also of transposed matrices, equals float64's up to the rounding of k float32 terms, below 1e-6 k."""
     m, k, n = shapes
     x, w, narrow, wide = torch.randn(m, k), torch.randn(k, n), torch.randn(2 * n), torch.randn(m, n)
     biases = (None, narrow[:n], narrow[::2], narrow[:1].expand(n), wide, wide.t().contiguous().t())
@@ -1078,8 +1078,8 @@ def test_products_by_onednn(shapes):
 
 
 def test_what_becomes_of_products(monkeypatch):
-    """On AMD's processors with AVX-512 float32 products of matrices that lie in memory in one piece, none of them thin,
-    go to oneDNN; all others are left where they are, and biases taken out of them."""
+    """On AMD's processors with AVX-512, float32 products of contiguous or transposed matrices, none of them thin, go to
+    oneDNN; all others stay as they are, except that unscaled biases are taken out of them."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def kinds(function: Callable, *inputs: torch.Tensor) -> list[str]:
@@ -1108,7 +1108,7 @@ def test_what_becomes_of_products(monkeypatch):
 
 @pytest.fixture
 def nothing_compiled():
-    """Before and after: what is compiled for one processor would else serve where another is asked for."""
+    """Clears compiled code before and after: code for one pretended processor must not be reused for another."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -1116,12 +1116,12 @@ def nothing_compiled():
 
 @can_compile
 def test_what_compiled_graphs_are_left_with(monkeypatch, nothing_compiled):
-    """Loss and gradient are one graph, where no product adds a bias and no sigmoid is computed twice."""
+    """Loss and gradient become one graph, in which no product adds a bias and no sigmoid is computed twice."""
     counts = []
 
     class Counting(compiling.FasterProducts):
         def uuid(self) -> object:
-            return os.urandom(8)  # or a graph from torch's cache would pass it by
+            return os.urandom(8)  # or torch would take the graph from its cache, without this pass
 
         def __call__(self, graph: torch.fx.Graph) -> None:
             super().__call__(graph)
@@ -1140,9 +1140,9 @@ def test_what_compiled_graphs_are_left_with(monkeypatch, nothing_compiled):
 @can_compile
 @pytest.mark.parametrize("processor", ["AMD AVX512", "Intel AVX512"])
 def test_compiled_float32_updates(processor, monkeypatch, nothing_compiled):
-    """Where the CPU is AMD's and has AVX-512, or is said to, all large products of an update and of acting are
-    oneDNN's, elsewhere none. Losses, gradients and actions are those of eager float64: float32's rounding, over some
-    dozen layers, is far below 1e-4 of the largest entry."""
+    """On a CPU that passes for AMD's with AVX-512, oneDNN computes all large products of an update and of acting, and
+    elsewhere none. Losses, gradients and actions equal those of eager float64: float32's rounding over some dozen
+    layers is far below 1e-4 of the largest entry."""
     monkeypatch.setattr(compiling, "instructions", lambda: processor)
     monkeypatch.setattr(compiling, "processor_vendor", lambda: processor.split()[0])
     calls = Counter()
@@ -1163,9 +1163,9 @@ def test_compiled_float32_updates(processor, monkeypatch, nothing_compiled):
     single = tiny_agent(17, 6, batch_size=256, grad_norm=9.0)
     state = single.state_dict()
     single.compile()
-    outcome(single)  # compiling calls operations too, which are not to be counted
+    outcome(single)  # compiling itself calls operations, which must not be counted
     got = outcome(single)
-    # by count: 2 in each of 16 passes of a policy, 4 in 6 backward ones; critics' 4 in 4 passes, 8 and 2 in gradients
+    # policy: 2 in each of 16 forward passes, 4 in each of 6 backward; critics: 4 in each of 4 forward, 8 + 2 backward
     assert calls["mkldnn::_linear_pointwise"] == (32 + 24 + 16 + 10 if processor == "AMD AVX512" else 0)
     try:
         torch.set_default_dtype(torch.float64)
@@ -1190,7 +1190,7 @@ def test_replicas_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("several", [False, True])
 def test_no_foreach_operation_is_compiled(several):
-    """For a GPU Inductor makes them one kernel, of which one part would compute the norm that all others read."""
+    """For a GPU Inductor fuses them into one kernel, in which one part would compute the norm that all others read."""
     seen = []
 
     def look(graph, _):
@@ -1210,7 +1210,7 @@ def test_no_foreach_operation_is_compiled(several):
     "device", [pytest.param("cpu", marks=can_compile), pytest.param("cuda", marks=[*DEVICES[1].marks, gpu_compiles])]
 )
 def test_compiled_updates_equal_eager(device, float64):
-    """torch.compile changes how an update is computed, not what: of one agent, and of two at once."""
+    """torch.compile does not change the results of updating and acting, for one agent and for two at once."""
     data, generator = tiny_data(device), generators_of(device, 1)[0]
     agents = three_agents(device=device)[:2]
     copies = copy.deepcopy(agents)
@@ -1241,8 +1241,8 @@ def test_compiled_updates_equal_eager(device, float64):
 @pytest.mark.parametrize("changes", [{}, {"max_q_backup": True, "lr_decay": True, "num_updates": 200}, {"eta": 0.0}])
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_fast_update_equals_eager(replicas, changes, device, float64):
-    """Building it changes nothing; 1, 1 and 98 more replays sum and leave what as many eager steps do; it takes up a
-    state and a learning rate that are put into the agent, and gives the run back to the eager path at any time."""
+    """Building one changes nothing; 1, 1 and 98 replays give the losses and states of as many eager steps; it follows a
+    state and a learning rate set from outside; and eager steps may come between replays."""
     data, eager = tiny_data(device), three_agents(device=device, **changes)[:replicas]
     agent = replicate(eager) if replicas > 1 else copy.deepcopy(eager[0])
     generators, alone = generators_of(device, replicas), generators_of(device, replicas)
@@ -1274,7 +1274,7 @@ def test_fast_update_equals_eager(replicas, changes, device, float64):
     for k, one in enumerate(eager):
         one.load_state_dict(after_two if replicas == 1 else unstack(after_two, k))
     check(2)
-    again = FastUpdate(agent, data, generator)  # of an agent whose optimizers have state
+    again = FastUpdate(agent, data, generator)  # captured when the optimizers already have state
     assert_states_close(again(0), torch.zeros_like(again(0)), rtol=0, atol=0)
     check(1)
     dql.train_step(agent, data, generator)
@@ -1284,9 +1284,9 @@ def test_fast_update_equals_eager(replicas, changes, device, float64):
 
 
 class NothingIsRead(TorchDispatchMode):
-    """Fails where an operation's values reach the host, or the host's an operation: a GPU would wait, no graph could
-    be captured. Such are .item(), if tensor, masks as an index, torch.tensor(...). It does not see .tolist(), .numpy()
-    and, on a CPU, .cpu()."""
+    """Fails if an operation sends values to the host or takes them from it: a GPU would wait, and a capture fail. Such
+    are .item(), `if tensor`, masks as indices and torch.tensor(...). It does not see .tolist(), .numpy() and, on a CPU,
+    .cpu()."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
@@ -1304,7 +1304,7 @@ def tensors_of(state) -> list[torch.Tensor]:
 @pytest.mark.parametrize("changes", [{}, {"max_q_backup": True, "lr_decay": True, "num_updates": 9}, {"eta": 0.0}])
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_a_step_waits_for_nothing_and_stays_where_it_is(replicas, changes):
-    """What a capture demands of training and acting: no value is read, and the agent's state keeps its memory."""
+    """Training and acting meet the demands of a capture: the host reads no value, and the state keeps its memory."""
     agents, data = three_agents(**changes)[:replicas], tiny_data("cpu")
     agent = replicate(agents) if replicas > 1 else agents[0]
     generator = generators_of("cpu", replicas) if replicas > 1 else generators_of("cpu", 1)[0]
@@ -1326,7 +1326,7 @@ def test_a_step_waits_for_nothing_and_stays_where_it_is(replicas, changes):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_fast_sampler_equals_act(replicas, device, float64):
-    """The actions of agent.act with the same draws, fresh ones each call, by the agent's weights of the day."""
+    """A sampler equals agent.act with the same draws, draws anew at each call, and uses the agent's current weights."""
     agents = three_agents(device=device)[:replicas]
     agent = replicate(agents) if replicas > 1 else agents[0]
     generators, alone = generators_of(device, replicas), generators_of(device, replicas)
@@ -1351,7 +1351,7 @@ def test_fast_sampler_equals_act(replicas, device, float64):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_replays_draw_fresh_numbers(device):
-    """1,000 replays of one draw: mean and variance of a normal, no two alike."""
+    """1,000 replays of one draw have the mean and variance of a normal, and hardly ever repeat a number."""
     generator, drawn = torch.Generator(device).manual_seed(0), torch.empty(100, device=device)
     graph = fast_sampler.capture(
         lambda: drawn.copy_(torch.randn(100, generator=generator, device=device)), [generator], torch.device(device)
@@ -1368,8 +1368,8 @@ def test_replays_draw_fresh_numbers(device):
 @run_wanted
 @pytest.mark.parametrize("path", ["in turn", "mapped"])
 def test_several_seeds_are_the_single_runs(path, tmp_path, monkeypatch):
-    """--num-seeds: each folder holds the run of that seed alone, seeds in turn its very bits, and replicas, a GPU's
-    choice, to float32's rounding; the summary mean and spread."""
+    """--num-seeds: each folder holds the single run of that seed, bit for bit if seeds take turns, and up to float32's
+    rounding for replicas (used on a GPU); the summary has the mean and spread."""
     if path == "mapped":
         make_steps = fast_sampler.make_steps
 
@@ -1524,13 +1524,13 @@ def test_events_of_updates_that_are_made_again_are_forgotten(tmp_path):
         with run_folder.open_logs(args, folder, 0) as writers:
             for step in steps:
                 run_folder.log(args, folder, [[row | {"step": step}]], writers, None)
-        time.sleep(1.1)  # events are read in the order of their files' names, which have the second
+        time.sleep(1.1)  # event files are read in the order of their names, which have the time in seconds
     events = accumulators.EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Scalars("losses/bc_loss")] == [1]
 
 
 def test_files_of_others_come_whole(tmp_path):
-    """What was half written, now or by a process that was killed, is not left; what is whole is moved."""
+    """Half-written files, of this process or of one that was killed, are removed; whole ones are moved."""
     (tmp_path / ".part-files").mkdir()
     (tmp_path / ".part-files" / "old").write_text("half")
     with pytest.raises(BadInput, match="No space left"), run_folder.files_beside(tmp_path) as beside:
@@ -1546,7 +1546,7 @@ def test_files_of_others_come_whole(tmp_path):
 
 @run_wanted
 def test_unwritable_run_folder_gets_one_line(capsys, tmp_path):
-    """A file where the folder should be: true for any user, root too."""
+    """A file is where the folder should be, which stops any user, even root."""
     (tmp_path / "taken").write_text("")
     data = random_file(tmp_path / "hopper.hdf5")
     argv = ["--env-id", "hopper-medium-v2", "--dataset-path", str(data), "--runs-dir", str(tmp_path / "taken")]
@@ -1583,7 +1583,7 @@ FAMILIES = ["halfcheetah-medium-v2", "hopper-medium-v2", "walker2d-medium-v2", "
 
 
 def bad_input(call, *words):
-    """call() raises BadInput with all these words, in one line."""
+    """call() must raise BadInput with a one-line message that has all these words; returns the message."""
     with pytest.raises(BadInput) as caught:
         call()
     message = str(caught.value)
@@ -1632,14 +1632,14 @@ for line in sys.stdin:
 
 
 class Worker:
-    """Another process that loads files, told one at a time: it may die of one, hang, or take memory."""
+    """A separate process that loads the files it is given one by one: a file may crash it, hang it or use up memory."""
 
     def __init__(self, task: str):
         command = [sys.executable, "-c", WORKER, task]
         self.process = subprocess.Popen(command, cwd=HERE, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True)
 
     def __call__(self, path) -> tuple[str, str, int]:
-        """(what came of it, the digest or the message, the largest memory until now in bytes)"""
+        """(outcome, digest or message, peak memory so far in bytes)"""
         print(json.dumps(str(path)), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
         return tuple(json.loads(line)) if line else ("dead", f"exit status {self.process.wait()}", 0)
@@ -1650,10 +1650,10 @@ class Worker:
 
 
 def outcomes(task: str, good, variants, right, mark: Path) -> Counter:
-    """Every variant (name, path, words) is refused in one line that names its file and has the words, or, where there
-    are none, may also be loaded, with the digest that right(path) gives. Memory never grows by more than twice the file
-    and 64 MiB: what zeros need that a file of any size may hold, 16 MiB a column (flags compress by 1000), or what a
-    first resume imports. mark, which a variant's code would make, is never there. Returns how many of each outcome."""
+    """Checks that each variant (name, path, words) is refused in one line that has its file's name and the words; one
+    without words may also be loaded, with the digest right(path). Memory never grows by more than twice the file and
+    64 MiB: the latter for zeros, of which any file may hold 16 MiB a column (flags compress by 1000), or for what a
+    first resume imports. mark, a file that a variant's code would make, never appears. Returns the outcomes' counts."""
     counts, wrong, worker = Counter(), [], Worker(task)
     kind, digest, before = worker(good)
     assert (kind, digest) == ("loaded", right(good)), digest
@@ -1668,7 +1668,7 @@ def outcomes(task: str, good, variants, right, mark: Path) -> Counter:
             wrong.append((name, kind, text[:300], (peak - before) // 2**20, mark.exists()))
             mark.unlink(missing_ok=True)
             worker.stop()
-            worker = Worker(task)  # of the memory that this one took, or dead
+            worker = Worker(task)  # the old one may be dead, or its peak memory too high to see the next
             before = worker(good)[2]
     worker.stop()
     assert not wrong, "\n".join(map(str, wrong))
@@ -1676,7 +1676,7 @@ def outcomes(task: str, good, variants, right, mark: Path) -> Counter:
 
 
 def broken_bytes(whole: bytes, rng: np.random.Generator, count: int):
-    """whole, cut off, or with bytes or a bit changed, zeros or a large number: mostly where its structure is."""
+    """Yields (name, damaged copy): cut off, or bytes, a bit, zeros or a large number written, mostly near the start."""
     for k in range(count):
         end = int(rng.choice([512, 2048, len(whole)]))
         broken, place = bytearray(whole), int(rng.integers(min(end, len(whole)) - 9))
@@ -1695,7 +1695,7 @@ def broken_bytes(whole: bytes, rng: np.random.Generator, count: int):
 
 
 def wrong_columns() -> dict:
-    """What is in the file, and words of the refusal."""
+    """By name: the columns of a file, and words that its refusal must have (if none, it may be loaded)."""
     zeros, nan, inf, big = np.zeros, np.zeros((6, 11)), np.zeros(6), np.zeros((6, 11))
     nan[4, 2], inf[3], big[2, 2] = np.nan, -np.inf, 1e300
     without = {name: {k: v for k, v in rows_of(6).items() if k != name} for name in rows_of(6)}
@@ -1730,7 +1730,7 @@ def wrong_columns() -> dict:
 
 
 def wrong_rewards(folder: Path) -> dict:
-    """What makes the rewards of an open file, and words of the refusal."""
+    """By name: a function that puts rewards into an open file, and words that its refusal must have."""
     import h5py
 
     other, rows = write(folder / "other.hdf5", rows_of(6)), {"shape": 6, "dtype": "f4"}
@@ -1780,7 +1780,7 @@ def wrong_rewards(folder: Path) -> dict:
 
 
 def broken_data(folder: Path):
-    """(name, path, words) of files that are not, or hardly, D4RL's."""
+    """Yields (name, path, words): files that differ from D4RL's, from slightly unusual to badly damaged."""
     import h5py
 
     path, rest = folder / "broken.hdf5", {name: values for name, values in rows_of(6).items() if name != "rewards"}
@@ -1820,7 +1820,7 @@ def broken_data(folder: Path):
 
 
 def read_plainly(path: Path) -> str:
-    """The digest of the plain loop on what h5py reads."""
+    """The digest of what plain_loop makes of the file's columns."""
     import h5py
 
     with h5py.File(path) as file:
@@ -1837,7 +1837,7 @@ def test_broken_data_are_refused_or_read(tmp_path, capsys):
 
 
 class Marker:
-    """What its pickle runs when it is loaded: it makes a file."""
+    """An object whose pickle runs code when it is loaded: it makes a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -1847,7 +1847,7 @@ class Marker:
 
 
 def broken_args(good: dict):
-    """(name, text of args.json, words)."""
+    """Yields (name, text of args.json, words that the refusal must have)."""
     wrong = {
         "num_steps": (0, -1, 2.5, True, "2", None, [2], 10**8, 10**400), "seed": (-1, 1.5, None, 2**63, "x"),
         "eta": ("1", True, math.nan, math.inf, -1.0, 10**400), "learning_rate": (0, True, "3e-4", 10**400),
@@ -1869,7 +1869,7 @@ def broken_args(good: dict):
 
 
 def broken_states(good: dict, mark: Path):
-    """(name, checkpoint, words): every kind of value in every kind of place."""
+    """Yields (name, checkpoint, words): every kind of wrong value in every kind of place."""
     weight, moments = ("agents", 0, "policy", "output.weight"), ("agents", 0, "policy_opt", "state", 0)
     group, row = ("agents", 0, "policy_opt", "param_groups", 0), ("progress", "history", 0, 0)
     shape = good["agents"][0]["policy"]["output.weight"].shape
@@ -1906,7 +1906,7 @@ def broken_states(good: dict, mark: Path):
 
 
 def broken_zips(good: bytes):
-    """(name, bytes, words): records of the archive torn, missing, or of more than the file holds."""
+    """Yields (name, bytes, words): archives with a record cut, too long, missing or larger than the file, or intact."""
 
     def again(change, kind=zipfile.ZIP_STORED):
         old, new = zipfile.ZipFile(io.BytesIO(good)), io.BytesIO()
@@ -1928,7 +1928,7 @@ def broken_zips(good: bytes):
 
 
 def broken_runs(folder: Path, run: Path, mark: Path):
-    """(name, folder, words) of runs, of which args.json or checkpoint.pt is not what was written."""
+    """Yields (name, folder, words): runs whose args.json or checkpoint.pt was changed or is missing."""
     path, args, summary = run / "checkpoint.pt", run / "args.json", run / "summary.json"
     whole, whole_args = path.read_bytes(), args.read_text()
     good = torch.load(path, weights_only=True)
@@ -1968,7 +1968,7 @@ def broken_runs(folder: Path, run: Path, mark: Path):
 
 @run_wanted
 def test_broken_runs_are_refused_or_act_as_the_whole_one(tmp_path, capsys):
-    """By load_policy, and then by --resume."""
+    """Each run is tried with load_policy, and then with --resume."""
     run, mark = Path(dql.train(tiny_args(tmp_path, num_updates=2))["folder"]), tmp_path / "mark"
     (run / "summary.json").unlink()
     actions = dql.load_policy(run, device="cpu")(np.random.default_rng(0).standard_normal((9, 11)))
@@ -1992,7 +1992,7 @@ BOUNDS = [
 
 
 def fuzz(check: Callable, examples: int, *strategies) -> None:
-    """check(...) of what hypothesis draws, the same at every call."""
+    """Calls check with examples that hypothesis draws, the same ones every time."""
     hypothesis = pytest.importorskip("hypothesis")
     hypothesis.settings(deadline=None, max_examples=examples, derandomize=True)(hypothesis.given(*strategies)(check))()
 
@@ -2041,7 +2041,7 @@ def test_arguments_come_back_from_the_command_line():
 
 
 def random_pen_file(draw, st):
-    """(columns, options of their data sets) of a pen file: any pattern of ends, shape, type and layout."""
+    """Draws (columns, HDF5 options) of a pen file with any pattern of episode ends, shapes, types and layout."""
     n, rng = draw(st.integers(2, 260)), np.random.RandomState(draw(st.integers(0, 2**32 - 1)))
     ends = st.lists(st.integers(0, n - 1), max_size=12).map(lambda rows: np.isin(np.arange(n), rows))
     columns = {"observations": rng.standard_normal((n, 45)), "actions": rng.uniform(-1, 1, (n, 24)),
@@ -2143,7 +2143,7 @@ def write(path, columns, **options):
 
 
 def plain_loop(columns, limit):
-    """D4RL 1.1's rule, row by row, in the words of design: the oracle."""
+    """The oracle: the transitions that D4RL 1.1 keeps, chosen row by row."""
     kept, count = [], 0
     for i in range(len(columns["rewards"]) - 1):
         final = bool(columns["timeouts"][i]) if "timeouts" in columns else count == limit - 1
@@ -2210,18 +2210,18 @@ def test_step_count_ends_episodes_where_a_plain_count_does():
 
 
 def test_count_ends_by_hand():
-    """Episodes of 4 steps: the first leaves out row 3, one that follows a terminal row is left out a step early."""
+    """With episodes of 4 steps, an episode's fourth row is left out, or its third if it follows a terminal row."""
     count_ends = d4rl_tasks._count_ends
     assert np.flatnonzero(count_ends(np.zeros(12, bool), 4)).tolist() == [3, 7, 11]
     terminals = np.zeros(12, bool)
-    terminals[1] = True  # row 2 counts 1, row 4 counts 3
+    terminals[1] = True  # the count is 1 at row 2 and 3 at row 4
     assert np.flatnonzero(count_ends(terminals, 4)).tolist() == [4, 8]
-    terminals[4] = True  # terminal on a final row: left out, and the count begins at 0
+    terminals[4] = True  # terminal, but also left out: the count begins at 0 again
     assert np.flatnonzero(count_ends(terminals, 4)).tolist() == [4, 8]
 
 
 def random_columns(seed):
-    """(env_id, columns) of a random file; RandomState, for its streams never change."""
+    """(env_id, columns) of a random file, drawn with RandomState because its streams never change."""
     rng = np.random.RandomState(seed)
     env_id = [HOPPER, "kitchen-complete-v0", "pen-human-v1", "antmaze-umaze-v0"][seed % 4]
     task = TASKS[env_id]
@@ -2250,7 +2250,7 @@ def digest(dataset):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_loader_equals_a_plain_loop_and_d4rl_on_random_files(tmp_path, seed):
-    """classic_qlearning.json: the digest of what the real d4rl.qlearning_dataset makes of the same file."""
+    """classic_qlearning.json has the digests of what the real d4rl.qlearning_dataset returns for the same files."""
     env_id, columns = random_columns(seed)
     path = write(tmp_path / "d.hdf5", columns, compression="gzip" if seed % 3 else None)
     ours = load_dataset(env_id, path)
@@ -2327,12 +2327,12 @@ CONTACTS = classic_steps("classic_contacts.npz")  # an ant at a wall, and a pen 
 
 
 def compare_steps(env_id, steps, rows):
-    """Takes the rows' steps of the classic stack in our environment; all must be its steps, to rounding."""
+    """Repeats these rows' steps of the classic stack in our environment; results must agree up to rounding."""
     env = make_env(env_id)
     raw = env.unwrapped
     for i in rows:
         env.reset(seed=0)
-        raw.noise = 0.0  # kitchen's, which the classic steps are without
+        raw.noise = 0.0  # kitchen's observation noise, which the classic steps lack
         if env_id.startswith("pen"):
             raw.set_target(steps["goal"][i])
         elif "goal" in steps:
@@ -2360,7 +2360,7 @@ def test_contacts_are_those_of_the_classic_stack(env_id):
 
 @mujoco_wanted
 def test_the_tasks_of_gymnasium_are_others():
-    """What the test above can see: HalfCheetah-v5's single steps, of the same rules with another mass, are far off."""
+    """The comparison of single steps is sensitive: HalfCheetah-v5, same rules but other masses, is far off."""
     import gymnasium
 
     steps, env, off = CLASSIC["halfcheetah-medium-v2"], gymnasium.make("HalfCheetah-v5"), []
@@ -2399,7 +2399,7 @@ def test_every_task_steps_and_a_seed_begins_one_episode(env_id):
 @mujoco_wanted
 @pytest.mark.parametrize("env_id", FAMILIES)
 def test_environments_side_by_side_are_as_if_alone(env_id, monkeypatch):
-    """Sharing a model, whether in turns or in threads, gives what an environment with a model of its own gives."""
+    """Environments that share a model, in turns or in threads, step like environments with their own model."""
     n, steps, task = 4, 6, TASKS[env_id]
     actions = np.random.default_rng(1).uniform(-1, 1, (n, steps, task.action_dim)).astype(np.float32)
 
@@ -2417,7 +2417,7 @@ def test_environments_side_by_side_are_as_if_alone(env_id, monkeypatch):
     with ThreadPoolExecutor(n) as pool:
         in_threads = list(pool.map(alone, range(n), envs))
     with monkeypatch.context() as patch:
-        patch.setattr(d4rl_tasks, "_model", d4rl_tasks._model.__wrapped__)  # compiles anew
+        patch.setattr(d4rl_tasks, "_model", d4rl_tasks._model.__wrapped__)  # without the cache, so each has its own
         own = make_envs(env_id, 2)
     assert own[0].unwrapped.model is not own[1].unwrapped.model
     np.testing.assert_array_equal(start(own), first[:2])
@@ -2430,7 +2430,7 @@ def test_environments_side_by_side_are_as_if_alone(env_id, monkeypatch):
 @mujoco_wanted
 @pytest.mark.parametrize("env_id", FAMILIES)
 def test_actions_are_clipped_as_d4rl_clips_them(env_id):
-    """The cost of control, too, is that of the clipped action."""
+    """An action beyond 1 has the effect, and the control cost, of the clipped action."""
     env, results = make_env(env_id), []
     for scale in (1, 7):
         env.reset(seed=0)
@@ -2491,12 +2491,12 @@ def test_first_states_are_drawn_as_d4rl_draws_them():
     assert 0.0095 < robot.max() <= 0.01  # a tenth of franka_config.xml's 0.1
     np.testing.assert_array_less(things.max(axis=0), d4rl_tasks.KITCHEN_NOISE[9:] + 1e-12)
     assert (things.max(axis=0) > 0.9 * d4rl_tasks.KITCHEN_NOISE[9:]).all()
-    assert (goal == goal[0]).all() and np.count_nonzero(goal[0]) == 9  # kettle's seven numbers have two zeros
+    assert (goal == goal[0]).all() and np.count_nonzero(goal[0]) == 9  # two of the kettle's seven numbers are 0
 
 
 @mujoco_wanted
 def test_pens_target_is_turned_as_in_the_classic_stack():
-    """Turns about x and y of at most one radian: quaternions with w z = x y, as the classic stack's are."""
+    """Turns are about x and y, by at most one radian; so are the classic stack's, whose quaternions have w z = x y."""
     env = make_env("pen-cloned-v1")
     turned = []
     for seed in range(300):
@@ -2519,7 +2519,7 @@ def test_antmaze_goals_and_starts(maze, corner):
     raw, goals, places = env.unwrapped, [], []
     for seed in range(200):
         observation = env.reset(seed=seed)[0]
-        assert np.linalg.norm(observation[3:7]) == pytest.approx(1, abs=1e-12)  # of a quaternion drawn with noise
+        assert np.linalg.norm(observation[3:7]) == pytest.approx(1, abs=1e-12)  # a quaternion that was drawn with noise
         places.append(observation[:2])
         goals.append(raw.goal)
     goals, places = np.array(goals), np.array(places)
@@ -2543,7 +2543,7 @@ def test_antmaze_goals_and_starts(maze, corner):
 @mujoco_wanted
 @pytest.mark.parametrize("maze", ["umaze", "medium", "large"])
 def test_antmaze_walls_leave_a_way_to_the_goal(maze):
-    """The walls enclose the maze, and its goal can be reached from its start: a flood over the model's own boxes."""
+    """The walls enclose the maze, and its goal can be reached from its start: a flood fill around the model's boxes."""
     import mujoco
 
     model = make_env(f"antmaze-{maze}-play-v0" if maze != "umaze" else "antmaze-umaze-v0").unwrapped.model
@@ -2624,7 +2624,7 @@ def test_packages_that_are_missing_or_do_not_fit_are_named(monkeypatch):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` on loopback; each request is answered by the next word of the script, the last word for ever."""
+    """Serves `content` on loopback; each request is answered by the script's next word, and the last one repeats."""
 
     daemon_threads = True
 
@@ -2662,7 +2662,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(content)}")
             self.end_headers()
-        elif word == "portal":  # 200, and a page of another kind
+        elif word == "portal":  # status 200, but a login page
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b"<html>please log in</html>")
@@ -2692,7 +2692,7 @@ def content(tmp_path):
 
 @pytest.fixture
 def serve(content, tmp_path, monkeypatch):
-    """serve(*script, mirror=..., **fields): D4RL's server and the mirror, on loopback; the folder is tmp_path/data."""
+    """serve(*script, mirror=..., **fields) starts D4RL's server and mirror on loopback; files go to tmp_path/data."""
     pytest.importorskip("tqdm")
     servers = []
 
@@ -2701,7 +2701,7 @@ def serve(content, tmp_path, monkeypatch):
         servers.extend(pair)
         monkeypatch.setitem(TASKS, HOPPER, TASKS[HOPPER]._replace(url=pair[0].url, **fields))
         monkeypatch.setattr(d4rl_tasks, "MIRROR", pair[1].url.removesuffix(HOPPER_FILE))
-        # A busy machine answers late: the wait is short only where a server that never answers is the point.
+        # A busy machine answers late, so the timeout is short only in tests of a server that stops answering.
         monkeypatch.setattr(d4rl_tasks, "TIMEOUT", 4.0 if "stall" in script + tuple(mirror) else 60.0)
         return pair
 
@@ -2734,7 +2734,7 @@ def test_download_gets_the_file_through(serve, content, tmp_path, script, capsys
     assert HOPPER_FILE in capsys.readouterr().err  # the progress bar
     assert left(tmp_path) == [HOPPER_FILE, HOPPER_FILE + ".lock"]
     load_dataset(HOPPER)
-    assert len(server.requests) == len(offsets)  # it is there
+    assert len(server.requests) == len(offsets)  # the file is there already
 
 
 def test_download_goes_on_from_a_part_that_is_there(serve, content, tmp_path):
@@ -2754,7 +2754,7 @@ def test_download_begins_again_where_other_bytes_come_than_were_asked_for(serve,
 
 
 def test_download_pieces_no_file_together_of_two(serve, content, tmp_path):
-    """The server breaks off and refuses; the mirror, whose file no hash proves to be the same, begins at 0."""
+    """The server breaks off, then refuses; the mirror, whose file no hash proves to be the same, starts at byte 0."""
     _, mirror = serve("cut", "404", mirror=["whole"])
     load_dataset(HOPPER)
     assert [given for _, given in mirror.requests] == [None]
@@ -2844,7 +2844,7 @@ def test_download_goes_to_d4rls_own_folder_by_default(serve, tmp_path, monkeypat
 
 
 def loading(server, timeout):
-    """Another process that loads the same data from the same server, once it has a line to read."""
+    """Starts another process, which loads the data from the same server once it is sent a line."""
     code = f"""
 import d4rl_tasks, h5py
 d4rl_tasks.TASKS["{HOPPER}"] = d4rl_tasks.TASKS["{HOPPER}"]._replace(url="{server.url}")
@@ -2865,7 +2865,7 @@ def test_processes_that_download_at_once_do_no_harm(serve, content, tmp_path):
         process.stdin.flush()
     results = [process.communicate(timeout=300) for process in processes]
     assert [out.strip() for out, _ in results] == ["2997"] * 3, results
-    assert len(server.requests) == 2 and server.requests[1][1]  # one process asks, and goes on after the stall
+    assert len(server.requests) == 2 and server.requests[1][1]  # one process downloads, and resumes after the stall
     assert sum("another process" in err for _, err in results) == 2
     assert (tmp_path / "data" / HOPPER_FILE).read_bytes() == content
 
@@ -2936,7 +2936,7 @@ def test_minari_folder_is_read(minari_folder):
         "rewards": np.append(first.rewards, second.rewards),
     }
     wanted = {name: values.astype(np.float32) for name, values in wanted.items()}
-    wanted["terminals"] = np.array([False] * 4 + [True] + [False] * 3)  # the truncated step is no end
+    wanted["terminals"] = np.array([False] * 4 + [True] + [False] * 3)  # a truncated step is not terminal
     for path in (folder, folder / "data"):
         same(load_dataset(HOPPER, path), wanted)
     bad_input(lambda: load_dataset("walker2d-medium-v2", folder), "(8, 11)", "(8, 17)")
@@ -2962,7 +2962,7 @@ def test_classic_backend_that_is_not_installed_is_named(monkeypatch, tmp_path):
 
 @pytest.fixture
 def fake_classic(monkeypatch):
-    """A gym with d4rl's ways: seeds by a method, four values a step, a goal from numpy's global generator."""
+    """A gym that behaves as d4rl's: a seed method, four values per step, a goal from numpy's global generator."""
     pytest.importorskip("gymnasium")
 
     class Inner:
@@ -3007,7 +3007,7 @@ def test_classic_environments_get_gymnasiums_interface():
     before = np.random.get_state()[1].copy()
     first, info = env.reset(seed=1)
     goal = env.classic.wrapped_env.goal
-    np.testing.assert_array_equal(np.random.get_state()[1], before)  # the user's random numbers are left alone
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # the user's global generator is unchanged
     env.reset(seed=2)
     assert info == {} and not np.array_equal(goal, env.classic.wrapped_env.goal)
     np.testing.assert_array_equal(env.reset(seed=1)[0], first)
