@@ -1,16 +1,17 @@
-"""What N and eta do on a task: score, losses and cost over a grid of each, several seeds at once (section 5.3).
+"""The effect of N and eta on a task: score, losses and cost over a grid of each, for several seeds (section 5.3).
 
     python bench/ablate.py --env-id hopper-medium-v2 --out bench/results/hopper-medium-v2-ablation
-    python bench/ablate.py --quick --out FOLDER    # the demo data set, a minute: shows that it works, and no more
+    python bench/ablate.py --quick --out FOLDER    # the demo data set, a minute: only shows that it works
 
-steps.csv, steps.png: N over a grid, eta the task's. eta.csv, eta.png: eta over a grid, N = 5. One row of a table is one
-agent, trained by dql.py and evaluated once, after its last update; an agent of both tables is trained once. Trained at
-once, as replicas, are on a GPU the seeds of an N; those of eta = 0, which has no critics; those of all other etas. A
-CPU, which one agent fills, trains them one after another. Rows are written as soon as their agents are evaluated. Run
-again, the script goes on with the rows that are missing; more seeds or settings may be asked for then, nothing else.
+steps.csv and steps.png vary N at the task's eta; eta.csv and eta.png vary eta at N = 5. Each row is one agent, trained
+as dql.py trains it and evaluated once, after its last update; an agent that is in both tables is trained once. On a GPU
+these are trained at once, as replicas: all seeds of one N; all seeds of eta = 0, which has no critics; all seeds of all
+other etas. On a CPU, which one agent keeps busy, agents are trained one after another. Rows are written as soon as
+their agents are evaluated. Run again, the script trains only the missing rows; only the number of seeds and the two
+grids may then differ from the first time.
 
-N = 1 is one step from nearly pure noise (vp: 0.7 % of the variance is the action's): little more than a regression of
-the action on the state, all but deterministic.
+N = 1 is one step from nearly pure noise (vp: 0.6 % of the variance is the action's): little more than a regression of
+the action on the state, and almost deterministic.
 """
 
 import csv
@@ -38,30 +39,30 @@ from run_folder import LOSS_NAMES, versions, write_whole
 
 @dataclass
 class Args:
-    """Ablation of N and eta. What is None is the task's setting from the paper."""
+    """Ablation of N and eta. A flag left at None takes the task's setting from the paper."""
 
     env_id: str = "halfcheetah-demo-v0"
     """a task of dql.py"""
     dataset_path: Path | None = None
     """data to train on instead of the task's own"""
     num_seeds: int = 5
-    """seeds 0, 1, ... of each setting"""
+    """how many seeds of each setting, from seed 0 on"""
     num_updates: int | None = None
     """updates of each agent"""
     batch_size: int = 256
     """transitions per update"""
     eval_episodes: int = 10
-    """episodes of an agent's evaluation"""
+    """evaluation episodes of each agent"""
     num_steps: tuple[int, ...] = (1, 2, 5, 10, 20)
     """grid of N"""
     etas: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
     """grid of eta"""
     out: Path = Path("runs/ablation")
-    """folder to write, or to go on in"""
+    """output folder; an ablation already in it is continued"""
     quick: bool = False
-    """small numbers for whatever is not given"""
+    """small values for every number and grid not given"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto is cuda where there is one"""
+    """cpu, cuda, cuda:1, ...; auto: cuda if there is one"""
 
 
 QUICK = {"num_seeds": 2, "num_updates": 20, "batch_size": 32, "eval_episodes": 1, "num_steps": (1, 3),
@@ -89,7 +90,7 @@ Setting = tuple[int, float, int]  # N, eta, seed
 
 
 def settings_of(args: Args, num_steps: int = 5, eta: float | None = None, replicas: int = 1) -> dql.Args:
-    """dql.py's arguments of a group. Raises BadInput."""
+    """dql.py's arguments for one group of agents, with the task's settings filled in. Raises BadInput."""
     return dql.with_settings(dql.Args(
         env_id=args.env_id, dataset_path=args.dataset_path, num_seeds=replicas, device=args.device,
         num_updates=args.num_updates, batch_size=args.batch_size, num_steps=num_steps, eta=eta,
@@ -98,7 +99,7 @@ def settings_of(args: Args, num_steps: int = 5, eta: float | None = None, replic
 
 
 def groups_of(args: Args) -> dict[str, list[list[Setting]]]:
-    """Of each table, the settings of its groups. Raises BadInput where one makes no sense."""
+    """The groups of each table: the settings that a GPU trains at once. Raises BadInput if a value makes no sense."""
     seeds, default = range(args.num_seeds), settings_of(args, replicas=args.num_seeds)
     steps, etas = dict.fromkeys(args.num_steps), dict.fromkeys(args.etas)
     for n in steps:
@@ -115,21 +116,21 @@ def groups_of(args: Args) -> dict[str, list[list[Setting]]]:
 
 
 def train_group(args: Args, settings: Sequence[Setting], dataset: Batch, bar) -> list[dict]:
-    """Trains agents that differ in eta and seed at once, evaluates them; their rows."""
+    """Trains a group of agents, which may differ in eta and seed only, evaluates them, and returns their rows."""
     num_steps, eta, _ = settings[0]
-    # by the length of all seeds' runs, for what is compiled for one serves the next
+    # chosen by the length of all seeds' runs together: what is compiled for one agent serves the next
     path = fast_sampler.choose_path(settings_of(args, replicas=args.num_seeds), dataset.state.device)
     own = settings_of(args, num_steps, eta, len(settings))
     own = replace(own, compile=path.compile, cudagraphs=path.cudagraphs)
     agents = [dql.make_agent(replace(own, eta=eta), seed) for _, eta, seed in settings]
     device = agents[0].device
     generators = [torch.Generator(device).manual_seed(seed) for _, _, seed in settings]
-    # as dql.train seeds its last evaluation: one agent's score is that of `python dql.py --seed`
+    # seeded as dql.train's last evaluation is: an agent's score is that of `python dql.py --seed`
     noise_seeds = [dql.eval_noise_seed(seed, own.num_updates) for _, _, seed in settings]
     eval_generators = [torch.Generator(device).manual_seed(seed) for seed in noise_seeds]
     trained, updates, act = fast_sampler.make_steps(own, agents, dataset, generators, eval_generators)
 
-    tenth = max(1, own.num_updates // 10)  # what comes before it warms up what is timed
+    tenth = max(1, own.num_updates // 10)  # the updates before it warm up the timed ones
     if own.num_updates > tenth:
         run_updates(updates, own.num_updates - tenth, bar)
     losses, ms_per_update = run_updates(updates, tenth, bar)
@@ -150,7 +151,7 @@ def train_group(args: Args, settings: Sequence[Setting], dataset: Batch, bar) ->
 
 
 def run_updates(updates: Callable[[int], Tensor], n: int, bar) -> tuple[list[dict], float]:
-    """Of each agent the mean losses of n updates; the milliseconds of one. It waits for the device once, at the end."""
+    """Each agent's mean losses over n updates, and the milliseconds of one update of all. Waits for the device once."""
     start, sums = time.perf_counter(), []
     for done in range(0, n, 10):
         chunk = min(10, n - done)
@@ -164,7 +165,7 @@ def run_updates(updates: Callable[[int], Tensor], n: int, bar) -> tuple[list[dic
 def evaluate(
     own: dql.Args, act: Callable, settings: Sequence[Setting], device: torch.device
 ) -> tuple[np.ndarray, float]:
-    """Normalized scores (K, episodes) of the group's agents, and the median milliseconds of act in all their states."""
+    """Normalized scores (K, episodes) of a group's agents, and the median milliseconds of one call of act for all."""
     envs = make_envs(own.env_id, own.eval_episodes * len(settings))
     env_seeds = [seed + 100 + k for _, _, seed in settings for k in range(own.eval_episodes)]
     times = []
@@ -181,7 +182,7 @@ def evaluate(
 
 @torch.no_grad()
 def action_distance(agent: DiffusionQL, dataset: Batch, seed: int) -> float:
-    """Mean L2 distance of the policy's action, one sample of the bare chain, from the data's action in its state."""
+    """Mean L2 distance between the data's actions and the policy's in the same states, one sample of the chain each."""
     generator = torch.Generator(agent.device).manual_seed(seed)
     rows = min(DISTANCE_ROWS, len(dataset.state))
     index = torch.randperm(len(dataset.state), generator=generator, device=agent.device)[:rows]
@@ -194,7 +195,7 @@ def action_distance(agent: DiffusionQL, dataset: Batch, seed: int) -> float:
 
 
 def read_table(path: Path) -> dict[Setting, dict]:
-    """The rows of a table by their setting; none where there is no file. Raises BadInput."""
+    """A table's rows by setting; empty if there is no file. Raises BadInput if the file is not such a table."""
     if not path.exists():
         return {}
     try:
@@ -207,7 +208,7 @@ def read_table(path: Path) -> dict[Setting, dict]:
 
 
 def save_table(path: Path, rows: dict[Setting, dict]) -> None:
-    """Rows in the order of their settings, into a file that is whole at any moment."""
+    """Writes a table's rows, sorted by setting. The file is never half written."""
 
     def write(path: Path) -> None:
         with path.open("w", newline="") as file:
@@ -219,7 +220,7 @@ def save_table(path: Path, rows: dict[Setting, dict]) -> None:
 
 
 def draw(path: Path, rows: list[dict], x: str) -> None:
-    """Each measure against x: a dot for each seed, their mean, a band of one standard deviation over seeds."""
+    """Plots each measure against x: a dot per seed, the mean, and a band of one standard deviation over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(PANELS[x]), 3.4), layout="constrained")
@@ -231,14 +232,14 @@ def draw(path: Path, rows: list[dict], x: str) -> None:
         axes.fill_between(xs, mean - std, mean + std, alpha=0.2)
         axes.scatter(*zip(*((row[x], row[name]) for row in rows), strict=True), s=8, color="gray", zorder=3)
         axes.set(xlabel=COLUMNS[x], ylabel=COLUMNS[name])
-        axes.set_xscale("symlog", linthresh=min(filter(None, xs), default=1))  # symlog has a place for eta = 0
+        axes.set_xscale("symlog", linthresh=min(filter(None, xs), default=1))  # symlog, unlike log, can show eta = 0
         axes.set_xticks(xs, [f"{at:g}" for at in xs])
         axes.minorticks_off()
     figure.savefig(path, format="png")
 
 
 def open_folder(args: Args) -> None:
-    """Makes the folder and writes ablate.json. Raises BadInput where it holds what was run with other arguments."""
+    """Makes the folder and writes ablate.json. Raises BadInput if it holds an ablation with other FIXED arguments."""
     path, mine = args.out / "ablate.json", json.loads(json.dumps(asdict(args), default=str))
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device
     found = versions(torch.device(args.device))
@@ -256,7 +257,7 @@ def open_folder(args: Args) -> None:
 
 
 def ablate(args: Args) -> None:
-    """Trains what the tables lack, and draws them. Raises BadInput."""
+    """Trains the agents missing from the tables, and draws the tables. Raises BadInput."""
     from tqdm import tqdm
 
     if args.quick:
@@ -274,7 +275,7 @@ def ablate(args: Args) -> None:
         rows = read_table(args.out / f"{name}.csv")
         known |= rows
         for group in groups:
-            torch.compiler.reset()  # of one function it keeps no more than eight compiled forms
+            torch.compiler.reset()  # torch.compile keeps at most eight versions of a function
             rows |= {setting: known[setting] for setting in group if setting in known}
             missing = [setting for setting in group if setting not in rows]
             at_once = max(1, len(missing)) if device.type == "cuda" else 1

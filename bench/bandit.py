@@ -1,16 +1,17 @@
-"""The paper's bandit (section 4, Figure 1): which policy classes hold four modes, and which learn to choose the best.
+"""The paper's bandit (section 4, Figure 1): which policies represent four modes, and which learn to choose the best.
 
     python bench/bandit.py                         # writes runs/bandit/
 
 One state, actions (2,) around four corners, a reward for each corner. Four policies imitate the data: a tanh-Gaussian
-by maximum likelihood, BCQ's conditional VAE, a tanh-Gaussian by BEAR's MMD, and diffusion (Eq. 2). Then each way learns
-with Q: TD3+BC, BCQ, BEAR and Diffusion-QL (Eq. 3). Every episode ends with its first action, so Q is an action's mean
-reward and does not depend on the policy: it is fitted once, for all four.
+by maximum likelihood, BCQ's conditional VAE, a tanh-Gaussian by BEAR's MMD, and diffusion (Eq. 2). Then four policies
+learn with Q: TD3+BC, BCQ, BEAR and Diffusion-QL (Eq. 3). Every episode ends after its first action, so Q is an action's
+mean reward and does not depend on the policy: it is fitted once, for all four.
 
-policies.png shows the eight, steps.png the diffusion policy by N, bandit.json all of them in numbers. Data, N, schedule
-and eta are the paper's; networks are dql.py's. Updates are a fiftieth of the paper's or fewer, at a rate three times as
-high. Diffusion-QL goes on from the cloned policy, acts with the bare chain, no candidates, and gets fewer updates than
-the other three, for one costs far more. It settles a little outside of the best mode, where the fitted Q still rises.
+policies.png shows these eight, steps.png both diffusion policies for each N, and bandit.json has all in numbers. Data,
+N, schedule and eta are the paper's; networks are dql.py's. Updates are at most a fiftieth of the paper's, at three
+times its learning rate. Diffusion-QL starts from the cloned policy, acts without candidates, and gets fewer updates
+than the other three, since each update costs far more. It settles a little outside the best mode, where the fitted Q
+still rises.
 """
 
 import json
@@ -38,12 +39,12 @@ from run_folder import versions, write_whole
 CORNERS = torch.tensor([[-0.8, 0.8], [-0.8, -0.8], [0.8, 0.8], [0.8, -0.8]])
 NAMES = ("top left", "bottom left", "top right", "bottom right")
 REWARDS = torch.tensor([3.0, 0.0, 1.5, 5.0])
-RADII = (0.2, 0.3)  # a mode ends at 0.2, four of its deviations; 0.3 takes in the square's own corner, at 0.28
-KERNEL_STD = 0.2  # MMD's
+RADII = (0.2, 0.3)  # 0.2 is four of a mode's standard deviations; 0.3 includes the square's own corner, 0.28 away
+KERNEL_STD = 0.2  # of MMD's kernel
 STEPS = (2, 5, 10, 20, 50)
 NUM_STEPS, ETA, BATCH, LEARNING_RATE = 50, 2.5, 100, 1e-3
-UPDATES, Q_UPDATES, DIFFUSION_Q_UPDATES = 1500, 750, 150  # of cloning and of Q; of Q-learned policies; of ours
-LATENT = 4  # of the VAE, twice the action's width
+UPDATES, Q_UPDATES, DIFFUSION_Q_UPDATES = 1500, 750, 150  # of cloning and Q; of policies that use Q; of Diffusion-QL
+LATENT = 4  # width of the VAE's latents, twice the action's
 SAMPLES = 1000
 
 Sampler = Callable[[int], Tensor]  # n -> n actions (n, 2)
@@ -54,7 +55,7 @@ class Args:
     """The paper's bandit."""
 
     out: Path = Path("runs/bandit")
-    """folder to write"""
+    """output folder"""
     seed: int = 0
     """seed of data, weights and noise"""
 
@@ -65,7 +66,7 @@ class Data(NamedTuple):
 
 
 def make_data(points: int = 10_000) -> Data:
-    """Actions around the corners with deviation 0.05, clipped to the square; rewards with deviation 0.5."""
+    """Actions around the corners, standard deviation 0.05, clipped to the square; rewards, standard deviation 0.5."""
     corner = torch.randint(4, (points,))
     action = (CORNERS[corner] + 0.05 * torch.randn(points, 2)).clamp(-1, 1)
     return Data(action, REWARDS[corner] + 0.5 * torch.randn(points))
@@ -77,7 +78,7 @@ def the_state(n: int) -> Tensor:
 
 
 def fit(loss: Callable[[Tensor, Tensor], Tensor], data: Data, parameters: list, num_updates: int) -> None:
-    """Adam on loss(action (B, 2), reward (B,)) of random batches."""
+    """Minimises loss(action (B, 2), reward (B,)) with Adam on random batches."""
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
     for _ in range(num_updates):
         index = torch.randint(len(data.action), (BATCH,))
@@ -90,7 +91,7 @@ def fit(loss: Callable[[Tensor, Tensor], Tensor], data: Data, parameters: list, 
 
 
 class TanhGaussian(nn.Module):
-    """tanh of a Gaussian with diagonal covariance; called with n it samples, differentiably."""
+    """tanh of a Gaussian with diagonal covariance; called with n it samples actions (n, 2), differentiably."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +106,7 @@ class TanhGaussian(nn.Module):
 
 
 def clone_mle(data: Data, num_updates: int = UPDATES) -> Sampler:
-    """Maximum likelihood; tanh's Jacobian is left out, for no parameter is in it."""
+    """Maximum likelihood; tanh's Jacobian is left out, since it does not depend on the parameters."""
     policy = TanhGaussian()
 
     def loss(action: Tensor, _: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def clone_mle(data: Data, num_updates: int = UPDATES) -> Sampler:
 
 
 def clone_vae(data: Data, num_updates: int = UPDATES) -> Callable[..., Tensor]:
-    """BCQ's conditional VAE with its weights of both losses. The sampler takes a bound of the latents, too."""
+    """BCQ's conditional VAE, with BCQ's loss weights. The sampler also takes a bound to which latents are clipped."""
     encoder, decoder = mlp(3, 256, 256, 2 * LATENT), mlp(1 + LATENT, 256, 256, 2)
 
     def decode(z: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def clone_vae(data: Data, num_updates: int = UPDATES) -> Callable[..., Tensor]:
 
 
 def mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy of x (n, 2) and y (m, 2), with a Gaussian kernel of deviation KERNEL_STD."""
+    """Squared maximum mean discrepancy of x (n, 2) and y (m, 2), with a Gaussian kernel of width KERNEL_STD."""
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return torch.exp(-(a[:, None] - b).square().sum(-1) / (2 * KERNEL_STD**2)).mean()
@@ -148,7 +149,7 @@ def clone_mmd(data: Data, num_updates: int = UPDATES) -> Sampler:
 
 
 def clone_diffusion(data: Data, num_steps: int = NUM_STEPS, num_updates: int = UPDATES) -> DiffusionQL:
-    """Eq. 2 alone."""
+    """A diffusion policy trained with Eq. 2 alone."""
     return train_diffusion(make_agent(num_steps, eta=0.0), data, num_updates)
 
 
@@ -159,7 +160,7 @@ def make_agent(num_steps: int, eta: float) -> DiffusionQL:
 
 
 def train_diffusion(agent: DiffusionQL, data: Data, num_updates: int) -> DiffusionQL:
-    """Algorithm 1's step of the policy."""
+    """Makes Algorithm 1's policy step num_updates times; the critics do not change."""
     state, done, generator = the_state(BATCH), torch.ones(BATCH), torch.default_generator
     for _ in range(num_updates):
         index = agent.draw_index(len(data.action), generator)
@@ -176,7 +177,7 @@ def sampler(agent: DiffusionQL) -> Sampler:
 
 
 def fit_q(data: Data, num_updates: int = UPDATES) -> TwinQ:
-    """Eq. 4 where every action is the last: both critics' regression of the reward on the action."""
+    """Eq. 4 with every action the last of its episode: both critics regress the reward on the action."""
     q = TwinQ(1, 2)
 
     def loss(action: Tensor, reward: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ def fit_q(data: Data, num_updates: int = UPDATES) -> TwinQ:
 
 
 def td3_bc(data: Data, q: TwinQ, num_updates: int = Q_UPDATES) -> Sampler:
-    """Fujimoto and Gu 2021: a deterministic policy up Q over the mean |Q|, times 2.5, and towards the data's action."""
+    """Fujimoto and Gu 2021: a deterministic policy; maximises 2.5 Q_1 / mean |Q_1| minus the squared error to data."""
     net = mlp(1, 256, 256, 2)
 
     def policy(n: int) -> Tensor:
@@ -203,7 +204,7 @@ def td3_bc(data: Data, q: TwinQ, num_updates: int = Q_UPDATES) -> Sampler:
 
 
 def bcq(data: Data, q: TwinQ, vae: Callable[..., Tensor], num_updates: int = Q_UPDATES) -> Sampler:
-    """Fujimoto et al. 2019: the VAE's actions, moved by at most 0.05 up Q_1; of 100 the best acts."""
+    """Fujimoto et al. 2019: moves the VAE's actions by at most 0.05 to raise Q_1; acts with the best of 100."""
     net = mlp(3, 256, 256, 2)
 
     def propose(n: int) -> tuple[Tensor, Tensor]:
@@ -220,7 +221,7 @@ def bcq(data: Data, q: TwinQ, vae: Callable[..., Tensor], num_updates: int = Q_U
 
 
 def bear(data: Data, q: TwinQ, num_updates: int = Q_UPDATES) -> Sampler:
-    """Kumar et al. 2019: a tanh-Gaussian up the smaller Q, with its MMD to the data held below 0.05 by a multiplier."""
+    """Kumar et al. 2019: a tanh-Gaussian maximises the smaller Q; a multiplier keeps its MMD to the data below 0.05."""
     policy, log_multiplier = TanhGaussian(), nn.Parameter(torch.zeros(()))
 
     def loss(action: Tensor, _: Tensor) -> Tensor:
@@ -235,7 +236,7 @@ def bear(data: Data, q: TwinQ, num_updates: int = Q_UPDATES) -> Sampler:
 
 
 def diffusion_ql(data: Data, q: TwinQ, clone: DiffusionQL, num_updates: int = DIFFUSION_Q_UPDATES) -> DiffusionQL:
-    """Eq. 3, from the cloned policy on."""
+    """Trains with Eq. 3, starting from a copy of the cloned policy."""
     agent = make_agent(clone.args.num_steps, ETA)
     agent.policy.load_state_dict(clone.policy.state_dict())
     agent.critic.load_state_dict(q.state_dict())
@@ -246,7 +247,7 @@ def diffusion_ql(data: Data, q: TwinQ, clone: DiffusionQL, num_updates: int = DI
 
 
 def numbers(action: Tensor, data: Data) -> dict:
-    """Of samples (n, 2): share within each radius of each corner, mean reward (0 beyond the larger radius), MMD."""
+    """Of samples (n, 2): share within each radius of each corner, mean reward (0 outside the larger), squared MMD."""
     found = {}
     for radius in RADII:
         near = (torch.cdist(action, CORNERS) < radius).float()
@@ -257,7 +258,7 @@ def numbers(action: Tensor, data: Data) -> dict:
 
 
 def draw(path: Path, rows: list[dict[str, Tensor]], data: Data) -> None:
-    """Scatter plots: in front of each row the data, in the first row plain and in the second coloured by reward."""
+    """Scatter plots of two rows of policies. Each row starts with the data: plain, then coloured by reward."""
     width = len(rows[0]) + 1
     figure = Figure(figsize=(2.4 * width, 5.2), layout="constrained")
     panels = figure.subplots(2, width, sharex=True, sharey=True)

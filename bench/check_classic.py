@@ -1,11 +1,12 @@
-"""Are the tasks of d4rl_tasks.py D4RL's? Asks D4RL itself: gym, mujoco-py and d4rl (requirements-classic.txt).
+"""Compares the tasks of d4rl_tasks.py with D4RL's own, on gym, mujoco-py and d4rl (requirements-classic.txt).
 
     python bench/check_classic.py --classic-python CLASSIC/bin/python
 
-The two stacks want other versions of MuJoCo and do not fit into one environment. The classic interpreter writes down
-single steps, first observations, whole episodes and d4rl.qlearning_dataset of random files; this one does the same with
-the maintained stack, prints the differences and writes them to bench/results/classic_check.json. Gymnasium's own tasks
-of the same names take the same steps, for comparison. Exit code: 0 all equal, 1 not, 2 a stack is missing.
+The two stacks need different versions of MuJoCo and do not fit into one Python environment. The classic interpreter
+records single steps, first observations, whole episodes and what d4rl.qlearning_dataset makes of random files; this one
+does the same with the maintained stack, prints the differences and writes them to bench/results/classic_check.json.
+For comparison, Gymnasium's own tasks of the same names take the same steps. Exit code: 0 all equal, 1 not, 2 a stack is
+missing.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from d4rl_tasks import KITCHEN_GOALS, TASKS, BadInput, _classic_make, load_datas
 ENV_IDS = [env_id for env_id, task in TASKS.items() if task.url]  # the paper's twenty
 DISTINCT = ["halfcheetah-medium-v2", "hopper-medium-v2", "walker2d-medium-v2", "antmaze-umaze-v0",
             "antmaze-medium-play-v0", "antmaze-large-play-v0", "pen-human-v1", "kitchen-complete-v0",
-            "kitchen-mixed-v0"]  # the others differ from these by their data alone # fmt: skip
+            "kitchen-mixed-v0"]  # the others differ from these only in their data # fmt: skip
 PLAIN = {  # gymnasium's tasks of the same names
     "halfcheetah-medium-v2": ["HalfCheetah-v4", "HalfCheetah-v5"],
     "hopper-medium-v2": ["Hopper-v4", "Hopper-v5"],
@@ -39,9 +40,9 @@ PLAIN = {  # gymnasium's tasks of the same names
     "pen-human-v1": ["AdroitHandPen-v1"],
     "kitchen-complete-v0": ["FrankaKitchen-v1"],
 }
-FILE_IDS = ["hopper-medium-v2", "pen-human-v1", "antmaze-umaze-v0", "kitchen-complete-v0"]  # four limits of length
-TOLERANCE = 1e-9  # of a single step: differences below are rounding
-ALPHA = 0.01  # by chance, a comparison of resets fails so often (all coordinates together)
+FILE_IDS = ["hopper-medium-v2", "pen-human-v1", "antmaze-umaze-v0", "kitchen-complete-v0"]  # four episode limits
+TOLERANCE = 1e-9  # for a single step: smaller differences are rounding
+ALPHA = 0.01  # how often a comparison of resets fails by chance alone (all coordinates together)
 COUNTS = ["steps", "resets", "episodes", "files"]
 PACKAGES = ["d4rl", "gym", "free-mujoco-py", "dm-control", "gymnasium", "gymnasium-robotics", "mujoco", "numpy"]
 
@@ -58,7 +59,7 @@ def versions() -> dict[str, str]:
 
 
 def dump(folder: Path, args: argparse.Namespace) -> None:
-    """Writes what the classic stack does into the folder."""
+    """Writes the classic stack's results, classic.npz, and its random data files into the folder."""
     envs = {env_id: _classic_make(env_id) for env_id in ENV_IDS}
     import d4rl
 
@@ -66,10 +67,10 @@ def dump(folder: Path, args: argparse.Namespace) -> None:
     for env_id in ENV_IDS:
         for key, value in classic_steps(envs[env_id], env_id, args.steps).items():
             out[f"steps/{env_id}/{key}"] = value
-    np.random.seed(0)  # draws antmaze's goals
+    np.random.seed(0)  # antmaze's goals are drawn from it
     for env_id in DISTINCT:
         env = _classic_make(env_id)
-        getattr(env.unwrapped, "wrapped_env", env).seed(0)  # d4rl's wrapper swallows the seed
+        getattr(env.unwrapped, "wrapped_env", env).seed(0)  # d4rl's wrapper ignores the seed
         out[f"resets/{env_id}"] = [classic_reset(env, env_id) for _ in range(args.resets)]
         for i in range(args.episodes):
             for key, value in classic_episode(env, env_id).items():
@@ -83,7 +84,7 @@ def dump(folder: Path, args: argparse.Namespace) -> None:
 
 
 def classic_steps(env: Any, env_id: str, count: int) -> dict[str, np.ndarray]:
-    """Single steps from states of random episodes, some of them moved to where rewards are paid and walls touched."""
+    """Single steps from states of random episodes; some states are moved to where rewards are paid or walls touched."""
     raw, task, rng = env.unwrapped, TASKS[env_id], np.random.default_rng(ENV_IDS.index(env_id))
     observe = raw.get_obs if task.family == "pen" else raw._get_obs
     raw.robot_noise_ratio = 0.0  # in kitchen
@@ -95,7 +96,7 @@ def classic_steps(env: Any, env_id: str, count: int) -> dict[str, np.ndarray]:
         row = classic_state(raw, task.family)
         row["action"] = rng.uniform(-1.1, 1.1, task.action_dim).astype(np.float32)  # some are out of bounds
         if task.family == "antmaze":
-            if i % 4 == 1:  # anywhere in the maze, walls included
+            if i % 4 == 1:  # anywhere in the maze, also against its walls
                 y, x = rng.choice(np.argwhere(raw._np_maze_map == 0)) - 1
                 row["qpos"][:2] = np.array([4 * x, 4 * y]) + rng.uniform(-1.8, 1.8, 2)
             elif i % 4 == 3:
@@ -105,7 +106,7 @@ def classic_steps(env: Any, env_id: str, count: int) -> dict[str, np.ndarray]:
             raw.tasks_to_complete, row["todo"] = set(todo), [thing in todo for thing in KITCHEN_GOALS]
             for places, values in (KITCHEN_GOALS[thing] for thing in todo if i % 2 and rng.random() < 0.5):
                 row["qpos"][places] = values + rng.normal(0, 0.3 / len(values), len(values))
-        raw.sim.reset()  # the solver begins with nothing, not with the step before
+        raw.sim.reset()  # no warm start of the solver from the step before
         raw.sim.data.qpos[:], raw.sim.data.qvel[:] = row["qpos"], row["qvel"]
         raw.sim.forward()
         row["obs"] = observe()
@@ -115,7 +116,7 @@ def classic_steps(env: Any, env_id: str, count: int) -> dict[str, np.ndarray]:
 
 
 def classic_state(raw: Any, family: str) -> dict:
-    """What a state is, besides the solver's memory."""
+    """The environment's whole state, except the solver's warm start."""
     state = {"qpos": raw.sim.data.qpos.copy(), "qvel": raw.sim.data.qvel.copy()}
     if family == "kitchen":
         state["todo"] = [thing in raw.tasks_to_complete for thing in KITCHEN_GOALS]
@@ -127,7 +128,7 @@ def classic_state(raw: Any, family: str) -> dict:
 
 
 def classic_reset(env: Any, env_id: str) -> np.ndarray:
-    """A first observation; in antmaze with the goal, which is drawn once for an environment and here anew."""
+    """A first observation; in antmaze with the goal, which D4RL draws once per environment, but here is drawn anew."""
     if TASKS[env_id].family != "antmaze":
         return env.reset()
     env.unwrapped.set_target()
@@ -135,7 +136,7 @@ def classic_reset(env: Any, env_id: str) -> np.ndarray:
 
 
 def classic_episode(env: Any, env_id: str) -> dict[str, np.ndarray]:
-    """An episode of a fixed policy: its first state, actions, observations and rewards, and how it ended."""
+    """An episode of a fixed policy: its first state, actions, observations and rewards, and whether it is truncated."""
     raw, task, done, rows = env.unwrapped, TASKS[env_id], False, []
     weights = np.sin(np.arange(task.state_dim * task.action_dim)).reshape(task.state_dim, task.action_dim)
     raw.robot_noise_ratio = 0.0  # in kitchen
@@ -149,7 +150,7 @@ def classic_episode(env: Any, env_id: str) -> dict[str, np.ndarray]:
 
 
 def random_file(path: Path, seed: int) -> str:
-    """Writes a data file as D4RL's may be: with timeouts or without, all kinds of ends, types and shapes."""
+    """Writes a random file in D4RL's layout, timeouts or none, with varied ends, types and shapes; returns its task."""
     import h5py
 
     rng = np.random.default_rng(seed)
@@ -166,7 +167,7 @@ def random_file(path: Path, seed: int) -> str:
         return values.reshape((n, 1) if rng.random() < 0.3 else n).astype(rng.choice(types))
 
     terminals = flags(0, 0.001, 0.03, 0.5)
-    terminals[limit - 1 :: limit] |= rng.random() < 0.3  # just where the limit ends an episode
+    terminals[limit - 1 :: limit] |= rng.random() < 0.3  # exactly where the limit ends an episode
     columns = {
         "observations": rng.normal(size=(n, task.state_dim)).astype(rng.choice(["f4", "f8"])),
         "actions": rng.uniform(-1, 1, (n, task.action_dim)).astype(rng.choice(["f4", "f8"])),
@@ -176,7 +177,7 @@ def random_file(path: Path, seed: int) -> str:
     if rng.random() < 0.5:
         columns["timeouts"] = column(flags(0, 0.01, 0.5) | terminals & flags(0, 0.5), "?", "u1")
     if rng.random() < 0.3:
-        columns["next_observations"] = np.zeros_like(columns["observations"])  # which D4RL does not read
+        columns["next_observations"] = np.zeros_like(columns["observations"])  # D4RL does not read these
     with h5py.File(path, "w") as file:
         for name, values in columns.items():
             file[name] = values
@@ -187,7 +188,7 @@ def random_file(path: Path, seed: int) -> str:
 
 
 def put(env: Any, state: dict) -> np.ndarray:
-    """Puts the environment into the state of a classic one. The observation there."""
+    """Puts the environment into the state of a classic one; returns the observation."""
     import mujoco
 
     mujoco.mj_resetData(env.model, env.data)
@@ -206,19 +207,19 @@ def at_wall(env: Any) -> bool:
 
 
 def step(env: Any, row: dict) -> tuple:
-    """From the row's state: the observation, the next one, reward, done, and whether a wall was touched."""
+    """One step from the row's state: observation, next observation, reward, done, and whether a wall was touched."""
     observation, touching = put(env, row), at_wall(env)
     return observation, *env.step(row["action"])[:3], touching or at_wall(env)
 
 
 def plain_step(env: Any, row: dict) -> tuple:
-    """The same in gymnasium's own environment, as far as its observation has what D4RL's has."""
+    """The same step in gymnasium's own environment; what its observation lacks is copied from the row."""
     import mujoco
 
     mujoco.mj_resetData(env.model, env.data)
     action, inner, shift = np.clip(row["action"], -1, 1), env, 0.0
     if hasattr(env, "ant_env"):
-        inner, shift = env.ant_env, env.maze.cell_rowcol_to_xy(np.array([1, 1]))  # where it starts, D4RL's origin
+        inner, shift = env.ant_env, env.maze.cell_rowcol_to_xy(np.array([1, 1]))  # the start, D4RL's origin
         env.goal = row["goal"] + shift
     elif hasattr(env, "robot_env"):
         inner = env.robot_env
@@ -227,7 +228,7 @@ def plain_step(env: Any, row: dict) -> tuple:
     elif "goal" in row:
         env.model.body_quat[env.target_obj_body_id] = row["goal"]
     inner.set_state(np.concatenate([row["qpos"][:2] + shift, row["qpos"][2:]]), row["qvel"])
-    inner._get_obs()  # kitchen's robot moves from where it was seen
+    inner._get_obs()  # kitchen's robot moves from where it was last observed
     observation, reward, done, _, _ = env.step(action)
     if hasattr(env, "ant_env"):
         observation = np.concatenate([observation["achieved_goal"] - shift, observation["observation"][:27]])
@@ -241,14 +242,14 @@ def make_plain(name: str) -> Any:
     import gymnasium_robotics
 
     gymnasium.register_envs(gymnasium_robotics)
-    gymnasium.logger.min_level = gymnasium.logger.ERROR  # that v4 is out of date is the point
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # do not warn that v4 is out of date
     things = ["microwave", "kettle", "light switch", "slide cabinet"]
     options = {"tasks_to_complete": things, "robot_noise_ratio": 0.0, "object_noise_ratio": 0.0}
     return gymnasium.make(name, **options if name.startswith("FrankaKitchen") else {}).unwrapped
 
 
 def compare_steps(rows: list[dict], results: list[tuple]) -> dict:
-    """The differences of rows and results: of observations the larger one before and after the step."""
+    """The differences between rows and results; for observations the larger of those before and after the step."""
     pairs = list(zip(rows, results, strict=True))
     observation = [max(np.abs(x[0] - row["obs"]).max(), np.abs(x[1] - row["next_obs"]).max()) for row, x in pairs]
     return {
@@ -262,8 +263,8 @@ def compare_steps(rows: list[dict], results: list[tuple]) -> dict:
 
 
 def compare_samples(ours: np.ndarray, theirs: np.ndarray) -> dict:
-    """Two samples (n, coordinates): means, spreads, and the two-sample Kolmogorov-Smirnov test of each coordinate."""
-    ours, theirs = (np.round(np.asarray(x, float), 6) for x in (ours, theirs))  # a constant's last bits are no sample
+    """Compares two samples (n, coordinates): means, spreads, and a Kolmogorov-Smirnov test of each coordinate."""
+    ours, theirs = (np.round(np.asarray(x, float), 6) for x in (ours, theirs))  # constants may differ in the last bits
     n, m = len(ours), len(theirs)
     p = []
     for a, b in zip(np.sort(ours.T), np.sort(theirs.T), strict=True):
@@ -280,12 +281,12 @@ def compare_samples(ours: np.ndarray, theirs: np.ndarray) -> dict:
         "mean_off": float((off[moving] / error[moving]).max(initial=0)),  # in standard errors
         "constants_off": float(off[~moving].max(initial=0)),
         "spread": [float(ratio.min(initial=1)), float(ratio.max(initial=1))],
-        "p": float(min(1, min(p) * len(p))),  # Bonferroni's
+        "p": float(min(1, min(p) * len(p))),  # with Bonferroni's correction
     }
 
 
 def compare_episode(env: Any, theirs: dict) -> dict:
-    """The classic episode again, from its first state with its actions."""
+    """Repeats a classic episode from its first state with its actions; returns for how long both agree."""
     put(env.unwrapped, theirs)
     differences, rewards = [], []
     for action, observation in zip(theirs["actions"], theirs["observations"], strict=True):
@@ -298,7 +299,7 @@ def compare_episode(env: Any, theirs: dict) -> dict:
     same = int(apart[0]) if len(apart) else len(differences)
     return {
         "steps": len(theirs["rewards"]),
-        "same_steps": same,  # thereafter rounding has grown, for the motion is chaotic
+        "same_steps": same,  # after these, rounding has grown: the motion is chaotic
         "reward": float(np.abs(np.array(rewards[:same]) - theirs["rewards"][:same]).max(initial=0)),
         "same_end": len(rewards) == len(theirs["rewards"]) and bool(truncated) == bool(theirs["truncated"]),
     }
@@ -310,7 +311,7 @@ def first_observation(env: Any, seed: int) -> np.ndarray:
 
 
 def same_transitions(env_id: str, path: Path, theirs: dict) -> bool:
-    """Whether load_dataset gives these arrays to the last bit; where there are none, it says so."""
+    """Whether load_dataset returns these arrays bit by bit or, if they are empty, raises BadInput saying so."""
     try:
         ours = load_dataset(env_id, path)
     except BadInput as error:
@@ -319,7 +320,7 @@ def same_transitions(env_id: str, path: Path, theirs: dict) -> bool:
 
 
 def compare(folder: Path, args: argparse.Namespace) -> bool:
-    """Prints the tables and writes the JSON; whether all is equal."""
+    """Prints the tables and writes the JSON; returns whether all is equal."""
     theirs = np.load(folder / "classic.npz")
     results = {"classic": json.loads(str(theirs["versions"])), "maintained": versions()}
     results["counts"] = {name: getattr(args, name) for name in COUNTS}
@@ -356,7 +357,7 @@ def compare(folder: Path, args: argparse.Namespace) -> bool:
                 name = env_id + " at a wall" * walls
                 report_steps(name, [rows[i] for i in picked], [taken[i] for i in picked], True)
         for name in PLAIN.get(env_id, []):
-            if TASKS[env_id].family == "antmaze":  # whose walls stand elsewhere
+            if TASKS[env_id].family == "antmaze":  # its walls stand elsewhere: only near the start
                 rows = [row for row in rows if np.abs(row["qpos"][:2]).max() < 1]
             env = make_plain(name)
             env.reset(seed=0)

@@ -1,12 +1,13 @@
-"""Makes the demo data set: a fair HalfCheetah policy with much noise on its actions, in D4RL's HDF5 layout.
+"""Makes the demo data set: a moderately good HalfCheetah policy with much action noise, in D4RL's HDF5 layout.
 
     pip install -r requirements.txt stable-baselines3==2.9.2
     python bench/make_demo.py
 
-A small SAC agent learns for 60,000 steps; without noise its mean actions score 39.2 (return 4,587). The data are its
-mean actions with normal noise, of a fixed size for each episode: so their mean return is far below what the policy does
-without noise. Behaviour cloning repeats much of the noise, Q-learning can tell it from what is worth repeating. The
-same machine gives the same file again. The committed one was made so, with --agent to train but once; it printed:
+A small SAC agent trains for 60,000 steps; without noise its mean actions score 39.2 (return 4,587). The data are these
+mean actions plus normal noise, whose standard deviation is fixed within an episode: so the data's mean return is far
+below that of the policy without noise. Behaviour cloning repeats much of the noise; Q-learning can tell it from what is
+worth repeating. On the same machine the script writes the same file again. The committed file was made in this way,
+with --agent so that SAC was trained only once; it printed:
 
     SAC after 60,000 steps (1699 s)
     noise 0.3: 8 episodes, return 3794.4 +- 148.6, normalized 32.8
@@ -54,11 +55,11 @@ class Args:
     total_steps: int = 60_000
     """SAC's training steps"""
     agent: Path | None = None
-    """zip file that keeps SAC: read where it exists, written after training where not"""
+    """zip file of the trained SAC: read if it exists, otherwise written after training"""
     episodes: int = 40
     """episodes in all, shared evenly between the noise levels"""
     noise: tuple[float, ...] = (0.3, 0.9, 1.2, 1.5, 1.8)
-    """standard deviations of the noise: episode i has the (i mod their number)-th"""
+    """standard deviations of the noise: one per episode, in turn"""
 
 
 def train_sac(args: Args) -> SAC:
@@ -82,7 +83,7 @@ def rollout(model: SAC, env: gymnasium.Env, noise: float, seed: int) -> list[np.
 
 
 def write(path: Path, data: dict[str, np.ndarray], attributes: dict) -> None:
-    """Writes beside, then renames. h5py stores no times: equal data, equal file."""
+    """Writes a file beside, then renames it. h5py stores no times, so equal data give an equal file."""
     part = path.with_name(path.name + ".part")
     with h5py.File(part, "w") as f:
         for name, value in data.items():

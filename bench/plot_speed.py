@@ -1,8 +1,9 @@
-"""Draws cost against N, batch size and replicas from what `pytest bench/ --benchmark-json=FILE` wrote.
+"""Plots an update's cost against N, batch size and replicas, from files of `pytest bench/ --benchmark-json=FILE`.
 
     python bench/plot_speed.py FILE... --out PICTURE
 
-Each file is one line in each panel, named by its device: milliseconds of one update, median of the rounds.
+Each file is one line in each panel, labelled with the file's name: milliseconds of one update (of all replicas), median
+of the rounds.
 """
 
 import json

@@ -1,16 +1,17 @@
-"""The paper's Table 1: trains tasks x seeds, skips what is done, prints the table beside the paper's.
+"""The paper's Table 1: trains tasks x seeds, skips finished ones, and prints the table beside the paper's.
 
     python bench/table1.py                                            # twenty tasks, five seeds, every GPU
     python bench/table1.py --tasks 'hopper-*' --num-updates 20000     # flags of dql.py are passed on to it
-    python bench/table1.py --only-table                               # of what is in --runs-dir
+    python bench/table1.py --only-table                               # the table of the runs in --runs-dir
     python bench/table1.py --ray auto                                 # on a Ray cluster (pip install ray)
-    python bench/table1.py --quick                                    # tries all of it in a minute
+    python bench/table1.py --quick                                    # tries everything in a minute
 
-A job, some seeds of one task, is a process `python dql.py`: one that fails takes no other with it. Killed at any moment
-and started again, this goes on from the checkpoints in --runs-dir. The table is of runs of exactly the settings asked
-for, whoever trained them; where a seed was run twice, the run that finished last counts.
+A job trains some seeds of one task in a process `python dql.py`; if it fails, the others continue. Killed at any moment
+and started again, this script continues from the checkpoints in --runs-dir. The table includes all finished runs with
+exactly the settings asked for, whoever trained them; if a seed was run twice, the run that finished last counts.
 
-On Ray every machine sees this folder, --runs-dir and the data under the same path; a job whose worker dies goes on.
+On Ray every machine must see this folder, --runs-dir and the data under the same paths; a job whose worker dies is
+started again and resumes.
 """
 
 import csv
@@ -49,21 +50,21 @@ class Args:
     tasks: list[str] = field(default_factory=lambda: ["*"])
     """ids or patterns ('hopper-*') of the paper's twenty tasks"""
     seeds: int = 5
-    """seeds 0, 1, ... of each task"""
+    """how many seeds of each task, from seed 0 on"""
     runs_dir: Path = Path("runs")
-    """where the runs' folders are and go"""
+    """where the runs' folders are read and written"""
     out: Path = Path("runs/table1")
     """folder for table1.md, table1.csv and runs.csv"""
     devices: list[str] = field(default_factory=list)
-    """cuda:0 cuda:1 ..., or cpu. Default: every GPU, cpu where there is none. On Ray only the kind counts"""
+    """cuda:0 cuda:1 ..., or cpu. Default: every GPU, or cpu if there is none. On Ray only the kind counts"""
     jobs_per_device: int | None = None
-    """processes side by side. Default: 1 on a GPU, for a task's seeds share a process there; on a CPU one a core"""
+    """jobs at a time on each device. Default: 1 on a GPU, where a task's seeds share a job; 1 per core on a CPU"""
     ray: str | None = None
-    """address of a Ray cluster to train on: auto, HOST:PORT, or local for one of this machine"""
+    """address of a Ray cluster to train on: auto, HOST:PORT, or local to start one on this machine"""
     quick: bool = False
     """the demo data, two seeds and next to no training"""
     only_table: bool = False
-    """train nothing"""
+    """train nothing, only make the table"""
 
 
 QUICK = ["--num-updates", "24", "--eval-every", "24", "--batch-size", "16", "--num-steps", "2", "--eval-episodes", "1",
@@ -72,7 +73,7 @@ SCORES = ("last", "best", "offline")
 DOMAINS = {"Gym": ("halfcheetah", "hopper", "walker2d"), "AntMaze": ("antmaze",), "Adroit": ("pen",),
            "Kitchen": ("kitchen",)}  # fmt: skip
 REFERENCE = json.loads((ROOT / "reference" / "paper.json").read_text())["tasks"]
-OWN = ("env_id", "seed", "num_seeds", "device", "runs_dir", "resume")  # of dql.py's flags, what each job is given
+OWN = ("env_id", "seed", "num_seeds", "device", "runs_dir", "resume")  # dql.py's flags that are set for each job
 FREE = {*OWN, "compile", "cudagraphs", "track", "capture_video", "log_every", "checkpoint_every"} - {"env_id"}
 
 
@@ -82,21 +83,21 @@ class Run(NamedTuple):
     summary: dict | None  # of a finished run
 
     def differs(self, settings: dict) -> set[str]:
-        """The settings that it was not made with; one that it does not know is newer than the run."""
+        """The settings that the run was not made with; one missing from its args.json is newer, and counts as equal."""
         return {name for name, value in settings.items() if _comparable(name, self.args.get(name, value)) != value}
 
     def counts(self) -> bool:
-        """Whether it is a finished run of one seed."""
+        """Whether this is a finished run of one seed."""
         return bool(self.summary) and self.args["num_seeds"] == 1
 
     def unfinished(self, kind: str) -> bool:
-        """Whether dql.py may go on with it on a device of that kind."""
+        """Whether dql.py may resume the run on a device of that kind."""
         part_of_group = (self.folder.parent / "args.json").exists()
         return not self.summary and not part_of_group and self.args["device"].split(":")[0] in ("auto", kind)
 
 
 class Job(NamedTuple):
-    """Some seeds of a task, trained in one process."""
+    """Consecutive seeds of a task, trained in one process."""
 
     env_id: str
     seed: int
@@ -113,14 +114,14 @@ class Job(NamedTuple):
         return self.runs_dir / "logs" / f"{self}.log"
 
 
-# ----------------------------------------------------------------------------- what is there
+# ----------------------------------------------------------------------------- runs and jobs
 
 
 def read_runs(runs_dir: Path) -> list[Run]:
-    """Every run's folder, and each seed's within one of several; those finished last come last."""
+    """All runs in a folder, and each seed of a run of several; sorted by the time they finished or else began."""
     runs = []
     for path in runs_dir.rglob("args.json"):
-        with suppress(OSError, ValueError, LookupError, TypeError):  # of another program, or just taken away
+        with suppress(OSError, ValueError, LookupError, TypeError):  # another program's file, or one just removed
             args, written, summary = json.loads(path.read_text()), path.with_name("summary.json"), None
             if written.exists():
                 summary = json.loads(written.read_text())
@@ -135,13 +136,13 @@ def _comparable(name: str, value: object) -> object:
 
 
 def settings_of(env_id: str, given: dql.Args) -> dict:
-    """What the args.json of a run of that task with these flags says, but for what does not matter to its scores."""
+    """The args.json of a run of that task with these flags, without seeds and what does not affect scores."""
     full = json.loads(json.dumps(asdict(dql.with_settings(replace(given, env_id=env_id))), default=str))
     return {name: _comparable(name, value) for name, value in full.items() if name not in FREE}
 
 
 def plan(args: Args, wanted: dict[str, dict], words: list[str], kind: str) -> list[Job]:
-    """A job for each folder to go on with, then for the seeds without one: on a GPU all in one job, else one each."""
+    """For each task, jobs that resume folders, then jobs for missing seeds; on a GPU consecutive seeds share one."""
     runs, jobs, rest = read_runs(args.runs_dir), [], (words, args.runs_dir.resolve(), Path.cwd())
     for env_id, settings in wanted.items():
         same = [run for run in runs if not run.differs(settings)]
@@ -160,7 +161,7 @@ def plan(args: Args, wanted: dict[str, dict], words: list[str], kind: str) -> li
 
 # ----------------------------------------------------------------------------- training
 
-# The kernel ends a child with the process that started it, even if that is killed; it must not have died before.
+# Linux sends the child SIGTERM when its parent dies, even by SIGKILL; with the parent dead already, it runs nothing.
 BOUND = """import ctypes, os, signal, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -168,7 +169,7 @@ os.getppid() == int(sys.argv[1]) and os.execv(sys.executable, [sys.executable, *
 
 
 def start(job: Job, device: str) -> subprocess.Popen | None:
-    """Starts a job, or goes on with it; None where it is done."""
+    """Starts or resumes a job; returns its process, or None if the job is already done."""
     same = [run for run in read_runs(job.runs_dir) if not run.differs(job.settings)
             and (run.args["seed"], run.args["num_seeds"]) == (job.seed, job.num_seeds)]  # fmt: skip
     if any(run.summary for run in same):
@@ -182,13 +183,13 @@ def start(job: Job, device: str) -> subprocess.Popen | None:
     program = ["-c", BOUND, str(os.getpid()), "-u", str(ROOT / "dql.py"), *command, "--device", device]
     job.log().parent.mkdir(parents=True, exist_ok=True)
     with job.log().open("a") as log:
-        # in a session of its own: Ctrl-C reaches it as one SIGTERM, for a second signal would end it without checkpoint
+        # in its own session, so that Ctrl-C reaches it as one SIGTERM: a second signal would end it without checkpoint
         return subprocess.Popen([sys.executable, *program], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                 cwd=job.cwd, env=threads | os.environ, start_new_session=True)  # fmt: skip
 
 
 def _in_use(folder: Path) -> bool:
-    """Whether a process is writing the run; one whose parent died has the time to write its checkpoint and end."""
+    """Whether a process is writing the run; waits up to 30 s for one whose parent died to checkpoint and end."""
     try:
         with FileLock(folder / ".lock", timeout=30):
             return False
@@ -197,13 +198,13 @@ def _in_use(folder: Path) -> bool:
 
 
 def outcome(job: Job, code: int) -> str:
-    """Empty for a job that ended well; else the last line that it wrote, and where the others are."""
+    """Empty if the job ended well; otherwise its exit code, its log's last line and the log's path."""
     lines = re.split(r"[\r\n]+", job.log().read_text(errors="replace").strip())
     return f"exit code {code}: {lines[-1]} ({job.log()})" if code else ""
 
 
 def train_here(jobs: list[Job], slots: list[str], stopped: list[int]) -> Iterator[tuple[Job, str]]:
-    """Trains jobs on devices, one in each slot; gives each with its outcome as it ends. A signal ends them all."""
+    """Trains jobs, one at a time on each slot; yields each with its outcome as it ends. A signal stops them all."""
     waiting, free, running = jobs[::-1], slots[::-1], []
     while (waiting or running) and not stopped:
         while waiting and free and not stopped:
@@ -224,11 +225,11 @@ def train_here(jobs: list[Job], slots: list[str], stopped: list[int]) -> Iterato
 
 
 def work(job: Job, device: str) -> str:
-    """A job on a Ray worker; returns its outcome."""
+    """Runs a job on a Ray worker; returns its outcome."""
     child = start(job, device)
     try:
         while child and child.poll() is None:
-            time.sleep(0.2)  # unlike wait() it lets the interrupt through by which Ray cancels
+            time.sleep(0.2)  # unlike wait(), lets through the interrupt by which Ray cancels
     finally:
         if child and child.poll() is None:
             child.terminate()
@@ -237,7 +238,7 @@ def work(job: Job, device: str) -> str:
 
 
 def train_on_ray(jobs: list[Job], kind: str, per_device: int, stopped: list[int]) -> Iterator[tuple[Job, str]]:
-    """Trains each job as a task of a Ray cluster, started again where its worker dies."""
+    """Trains each job as a Ray task, retried if its worker dies; yields each with its outcome as it ends."""
     import ray
 
     gpus = 1 / per_device if kind == "cuda" else 0
@@ -274,13 +275,13 @@ def connect(args: Args) -> str:
 
 
 def newest(runs: list[Run], settings: dict) -> list[Run]:
-    """Of each seed the run of these settings that finished last, by seed."""
+    """For each seed, in order, the run with these settings that finished last."""
     by_seed = {run.args["seed"]: run for run in runs if run.counts() and not run.differs(settings)}
     return [by_seed[seed] for seed in sorted(by_seed)]
 
 
 def task_row(env_id: str, runs: list[Run]) -> dict:
-    """A task's row; every score is (mean, standard deviation over seeds), or None."""
+    """A task's row; each score is (mean, standard deviation over seeds, None for one seed), or None if unknown."""
     row = {"task": env_id, "seeds": len(runs), "num_updates": runs[0].args["num_updates"]}
     for name in SCORES:
         scores = [run.summary[name]["score"] for run in runs]
@@ -289,7 +290,7 @@ def task_row(env_id: str, runs: list[Run]) -> dict:
 
 
 def average_rows(rows: list[dict]) -> list[dict]:
-    """The average of each domain's tasks, of those that are there; None where one of them has no score."""
+    """Each domain's average over those of its tasks that have a row; None if one of these lacks the score."""
     averages = []
     for domain, families in DOMAINS.items():
         tasks = [name for name, it in dql.SETTINGS.items() if it.paper and TASKS[name].family in families]
@@ -317,7 +318,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def write_tables(out: Path, runs_dir: Path, wanted: dict[str, dict], words: list[str]) -> str:
-    """Writes table1.md, table1.csv and runs.csv; returns the first. Raises BadInput where no run has finished."""
+    """Writes table1.md, table1.csv and runs.csv; returns the first's text. Raises BadInput if no run has finished."""
     runs = read_runs(runs_dir)
     used = {env_id: found for env_id, settings in wanted.items() if (found := newest(runs, settings))}
     if not used:
@@ -376,18 +377,18 @@ def parse(argv: list[str]) -> tuple[Args, list[str]]:
 
 
 def choose_tasks(patterns: list[str]) -> list[str]:
-    """The ids that match, in the paper's order. Raises BadInput for a pattern without any."""
+    """The ids that match, in the paper's order. Raises BadInput for a pattern that matches none."""
     chosen = set()
     for pattern in patterns:
         found = {name for name, it in dql.SETTINGS.items() if name == pattern or (it.paper and fnmatch(name, pattern))}
         chosen |= found
         if not found:
-            task_of(pattern)  # raises, with the ids that come close
+            task_of(pattern)  # raises, naming the closest ids
     return [env_id for env_id in dql.SETTINGS if env_id in chosen]
 
 
 def choose_devices(args: Args) -> list[str]:
-    """Each device as often as jobs run on it side by side."""
+    """Each device, repeated for every job that may run on it at once. Raises BadInput."""
     devices = args.devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
     if len({dql.choose_device(device).type for device in devices}) > 1:
         raise BadInput(f"--devices {' '.join(devices)}: a run ends on the kind of device that it began on, give one")
@@ -396,7 +397,7 @@ def choose_devices(args: Args) -> list[str]:
 
 
 def train(args: Args, wanted: dict[str, dict], words: list[str]) -> int:
-    """Trains what is missing, writing the tables as jobs end; the exit code."""
+    """Trains what is missing and writes the tables whenever a job ends; returns the exit code. Raises BadInput."""
     stopped, failed = [], False
     if args.ray:
         kind = connect(args)
@@ -418,7 +419,7 @@ def train(args: Args, wanted: dict[str, dict], words: list[str]) -> int:
 
 
 def run(argv: list[str]) -> int:
-    """What the command line asks for; the exit code. Raises BadInput."""
+    """Does what the command line asks for; returns the exit code. Raises BadInput."""
     args, words = parse(argv)
     given = command_line.parse(words)
     if taken := [name for name in OWN if getattr(given, name) != getattr(dql.Args(), name)]:

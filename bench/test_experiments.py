@@ -1,4 +1,4 @@
-"""The experiments, on small budgets.
+"""Tests of the experiments, on small budgets.
 
     pytest bench/test_experiments.py
 """
@@ -31,7 +31,7 @@ def data() -> bandit.Data:
 
 
 def shares(policy: bandit.Sampler, data: bandit.Data, radius: float) -> list[float]:
-    """Of each corner."""
+    """The share of the policy's actions within the radius of each corner."""
     with torch.no_grad():
         return list(bandit.numbers(policy(500), data)[f"share_{radius}"].values())
 
@@ -50,7 +50,7 @@ def test_bandit_data_and_numbers(data):
 
 
 def test_gaussians_cannot_hold_four_modes(data):
-    """Its four parameters have a best value in closed form: the mean 0 and the deviation of atanh(action)."""
+    """The likelihood's maximum is known: mean 0, and the standard deviation of atanh(action)."""
     torch.manual_seed(0)
     policy = bandit.clone_mle(data, 300)
     normal = policy.normal(1)
@@ -74,7 +74,7 @@ def test_diffusion_ql_finds_the_best_mode(data):
 
 
 def test_other_learners_take_steps(data, tmp_path):
-    """One of each: finite actions in the square, and a picture of them."""
+    """After three updates the actions of each are finite and in the square, and a picture of them is written."""
     torch.manual_seed(0)
     q, vae = bandit.fit_q(data, 3), bandit.clone_vae(data, 3)
     policies = {
@@ -96,7 +96,7 @@ run_wanted = pytest.mark.skipif(not all(map(find_spec, RUN_PACKAGES)), reason="n
 
 
 def tiny_args(folder: Path, **changes) -> ablate.Args:
-    """Hopper, whose episodes are short, on a file of random contents."""
+    """A small ablation on Hopper, whose episodes are short, with random data."""
     h5py = pytest.importorskip("h5py")
     data, rng, task = folder / "hopper.hdf5", np.random.default_rng(0), TASKS["hopper-medium-v2"]
     if not data.exists():
@@ -127,7 +127,7 @@ def ablation(tmp_path_factory) -> ablate.Args:
 
 
 def count_trained(monkeypatch) -> list:
-    """The settings of each group trained from now on."""
+    """A list that collects the settings of each group trained from now on."""
     trained, train_group = [], ablate.train_group
 
     def counted(args, settings, *rest):
@@ -154,7 +154,7 @@ def test_ablation_writes_tables_and_pictures(ablation):
 
 @run_wanted
 def test_ablation_trains_the_same_agent_again(ablation, tmp_path):
-    """Without the other table to take it from, eta = 1 is trained anew, and comes out as N = 5 did."""
+    """Without the table of N to take it from, eta = 1 is trained again, and its row equals that of N = 5."""
     ablate.ablate(replace(ablation, out=tmp_path, num_steps=(), etas=(1.0,)))
     assert table(tmp_path / "eta.csv") == table(ablation.out / "steps.csv")[1:]
 
@@ -196,7 +196,7 @@ def test_ablation_goes_on_and_grows(ablation, tmp_path, monkeypatch):
 
 @run_wanted
 def test_replicas_are_single_agents(ablation):
-    """Agents of two etas and seeds, trained at once: one has the row that it has alone, up to rounding."""
+    """In a group with an agent of another eta and seed, an agent has the same row as alone, up to rounding."""
     dataset = dql.make_batch(dql.load_dataset(ablation.env_id, ablation.dataset_path), "none", torch.device("cpu"))
     rows = ablate.train_group(ablation, [(5, 3.0, 1), (5, 1.0, 0)], dataset, types.SimpleNamespace(update=int))
     alone = table(ablation.out / "eta.csv")[1]
@@ -207,7 +207,7 @@ def test_replicas_are_single_agents(ablation):
 
 @run_wanted
 def test_row_is_a_run_of_dql(tmp_path):
-    """The score is that of the same run by dql.train, to the last bit."""
+    """A row's score equals that of the same run by dql.train, to the last bit."""
     args = tiny_args(tmp_path, num_steps=(2,), etas=())
     ablate.ablate(args)
     summary = dql.train(dql.Args(

@@ -1,16 +1,16 @@
-"""Speed of updates, acting and evaluation, beside other implementations where checkouts of them are given.
+"""Speed of updates, acting and evaluation, compared with other implementations if checkouts of them are given.
 
     pytest bench/
     OMP_NUM_THREADS=1 pytest bench/test_speed.py --official CHECKOUT --benchmark-json=FILE
     pytest bench/test_speed.py --flow-rl CHECKOUT -k beside
 
 --official: github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL. --flow-rl: github.com/typoverflow/flow-rl, at
-bae22f4, the fastest besides, in JAX (pip install jax==0.5.3 flax==0.10.5 orbax-checkpoint==0.11.23 optax distrax
-hydra-core). For one thread put `taskset -c 0` before both: JAX does not heed OMP_NUM_THREADS.
+bae22f4, the fastest other one, in JAX (pip install jax==0.5.3 flax==0.10.5 orbax-checkpoint==0.11.23 optax distrax
+hydra-core). For one thread put `taskset -c 0` before pytest: JAX ignores OMP_NUM_THREADS.
 
-HalfCheetah's shapes and settings, batch 256, N = 5, where a name says nothing else. A group holds the same work; a
-replica is one more agent, on a GPU updated in the same step, on a CPU in turn. On a GPU the device is waited for inside
-the timed region.
+Shapes and settings are HalfCheetah's, batch 256, N = 5, unless a test's name says otherwise. A group compares variants
+of the same work. A replica is one more agent: on a GPU updated in the same step, on a CPU in turn. On a GPU the timed
+region ends when the device is done.
 """
 
 import os
@@ -47,7 +47,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def steps(replicas: int = 1, states: int = 1, **args) -> tuple[list, Callable, Callable]:
-    """Agents, and what trains them and acts for them in a run of dql.py, in states states each."""
+    """(agents, updates, act) of `fast_sampler.make_steps`; each replica acts in so many states at once."""
     args = {"compile": False, "cudagraphs": False, "device": str(DEVICE), **args}
     args = dql.with_settings(
         dql.Args(env_id="halfcheetah-medium-v2", num_seeds=replicas, eval_episodes=states, **args)
@@ -59,17 +59,17 @@ def steps(replicas: int = 1, states: int = 1, **args) -> tuple[list, Callable, C
 
 
 def trainer(**args) -> Callable[[], torch.Tensor]:
-    """UPDATES training steps, and their losses."""
+    """A function that makes UPDATES updates and returns their summed losses."""
     return partial(steps(**args)[1], UPDATES)
 
 
 def actor(states: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Actions for so many states."""
+    """A function from so many states to actions, compiled and, on a GPU, captured."""
     return steps(states=states, compile=True, cudagraphs=ON_GPU)[2]
 
 
 def measure(benchmark, work: Callable[[], object], rounds: int = 7) -> object:
-    """Times work() until the device is done with it."""
+    """Times work() until the device is done with it; returns its result."""
 
     def timed() -> object:
         result = work()
@@ -125,7 +125,7 @@ def test_act(benchmark, states) -> None:
 
 
 def short_episodes() -> list:
-    """Ten HalfCheetahs that stop after 20 of the 1,000 time steps."""
+    """Ten HalfCheetah environments whose episodes end after 20 time steps instead of 1,000."""
     gymnasium = pytest.importorskip("gymnasium")
     pytest.importorskip("mujoco")
     return [gymnasium.wrappers.TimeLimit(env, 20) for env in dql.make_envs("halfcheetah-medium-v2", 10)]
@@ -141,8 +141,8 @@ def test_evaluation(benchmark) -> None:
 
 
 class Peer(NamedTuple):
-    """Another implementation: UPDATES updates with the drawing of their batches; actions (E, A) for states (E, S); the
-    episodes of E environments."""
+    """Another implementation: update draws batches and makes UPDATES updates, act maps states (E, S) to actions (E, A),
+    evaluate runs an episode in each of E environments."""
 
     update: Callable[[], object]
     act: Callable[[np.ndarray], object]
@@ -150,7 +150,7 @@ class Peer(NamedTuple):
 
 
 def checkout(request: pytest.FixtureRequest, option: str) -> None:
-    """Makes the checkout that the option names importable."""
+    """Makes the option's checkout importable; skips the test if the option is not given."""
     path = request.config.getoption(option)
     if path is None:
         pytest.skip(f"no {option} CHECKOUT")
@@ -158,7 +158,7 @@ def checkout(request: pytest.FixtureRequest, option: str) -> None:
 
 
 def official(request: pytest.FixtureRequest) -> Peer:
-    """It acts in one state a call, and evaluates episode after episode."""
+    """The official implementation: acts in one state per call, and evaluates one episode after another."""
     checkout(request, "--official")
     from agents.ql_diffusion import Diffusion_QL
     from utils.data_sampler import Data_Sampler
@@ -181,7 +181,7 @@ def official(request: pytest.FixtureRequest) -> Peer:
 
 
 def flow_rl(request: pytest.FixtureRequest) -> Peer:
-    """It acts in all states at once, and its batches are drawn by numpy. Its time embedding is 64 wide, ours 16."""
+    """flow-rl: acts in all states at once; numpy draws its batches; its time embedding is 64 wide, ours 16."""
     checkout(request, "--flow-rl")
     jax = pytest.importorskip("jax")
     from flowrl.agent.offline.dql import DQLAgent
@@ -214,7 +214,7 @@ def flow_rl(request: pytest.FixtureRequest) -> Peer:
 
 
 def both(work: str, peer: Peer) -> tuple[Callable, Callable]:
-    """The same work by us, as fast as we can here, and by the other."""
+    """The same work by our fastest path on this device, and by the other implementation."""
     if work == "update":
         return trainer(compile=True, cudagraphs=ON_GPU), peer.update
     if work == "evaluation":
@@ -226,7 +226,7 @@ def both(work: str, peer: Peer) -> tuple[Callable, Callable]:
 
 
 def in_turns(benchmark, ours: Callable, theirs: Callable, rounds: int) -> str:
-    """Round by round, so that what else the machine does slows both: median and quartiles of theirs / ours."""
+    """Times both alternately, so that other load slows both; returns median and quartiles of theirs / ours."""
     seconds = []
 
     def timed(work: Callable) -> float:
@@ -254,7 +254,7 @@ def test_beside(benchmark, request, peer, work, rounds, capsys) -> None:
 
 @pytest.mark.benchmark(group="four agents beside one")
 def test_four_agents_beside_one(benchmark, capsys) -> None:
-    """One agent's updates, four times as many, beside those of four agents."""
+    """Times updates of four agents at once beside four times as many updates of one agent."""
     one, four = (partial(steps(replicas=k, compile=True, cudagraphs=ON_GPU)[1], UPDATES * 4 // k) for k in (1, 4))
     ratio = in_turns(benchmark, four, one, rounds=10)
     with capsys.disabled():
@@ -266,7 +266,7 @@ def test_four_agents_beside_one(benchmark, capsys) -> None:
 @pytest.mark.parametrize("other", ["products as they are", "the other library"])
 @pytest.mark.parametrize("work", ["update", "act 10"])
 def test_compiling(benchmark, monkeypatch, other, work, capsys) -> None:
-    """The same compiled work without compiling.py's pass, or with oneDNN where it takes MKL, or the other way round."""
+    """Compiled work beside the same without compiling.py's pass, or with its choice of oneDNN or MKL reversed."""
     if other == "the other library" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("no CPU with AVX-512")
 
@@ -281,7 +281,7 @@ def test_compiling(benchmark, monkeypatch, other, work, capsys) -> None:
     if other == "the other library":
         library = "Intel AVX512" if compiling.instructions() == "AMD AVX512" else "AMD AVX512"
         monkeypatch.setattr(compiling, "instructions", lambda: library)
-        # a new pass, or what was compiled with the old one would serve again
+        # a new pass: otherwise what was compiled with the old one would be reused
         monkeypatch.setattr(compiling, "FASTER_PRODUCTS", compiling.FasterProducts())
     else:
         monkeypatch.setattr(compiling, "FASTER_PRODUCTS", None)
@@ -294,7 +294,7 @@ def test_compiling(benchmark, monkeypatch, other, work, capsys) -> None:
 
 
 def seconds_of(work: Callable[[], object], repeats: int) -> float:
-    """Of one call, the median of seven rounds."""
+    """Seconds of one call of work, the median of seven rounds."""
     rounds = []
     for _ in range(8):  # the first warms up
         begun = time.perf_counter()
@@ -314,10 +314,10 @@ def product_rate(product: Callable, size: int, repeats: int) -> float:
 
 @pytest.mark.benchmark(group=f"{UPDATES} updates: the roofline")
 def test_roofline_of_an_update(benchmark, capsys) -> None:
-    """Operations, bytes and calls of an update, the limits that they set on this device, and what part is reached.
+    """Operations, bytes and calls of an update; the limit that the first two set here, and what part of it is reached.
 
-    Operations: those of the matrix products. Bytes: each parameter, its two moments and its average read and written
-    once; from memory, though a cache may hold them. The rates are this device's, measured here.
+    Operations are those of the matrix products. Bytes are each parameter, its two moments and its average, read and
+    written once, as if from memory, though a cache may hold them. The device's rates are measured here.
     """
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,4 +1,4 @@
-"""Table 1 of made-up runs against arithmetic by hand; real runs killed and started again, here and on Ray."""
+"""Tests Table 1 of made-up runs against arithmetic by hand, and real runs killed and started again, also on Ray."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ TIMES = ("updates_per_second", "seconds")
 
 
 def make_run(runs_dir: Path, env_id: str, seed: int, scores: tuple | None, num_seeds=1, name="", **changes) -> Path:
-    """A run's folder as dql.py leaves it, finished with these scores (last, best, offline) or, for None, in mid-run."""
+    """Makes a run's folder like dql.py's: finished with these scores (last, best, offline) or, if None, unfinished."""
     args = dql.with_settings(dql.Args(env_id=env_id, seed=seed, num_seeds=num_seeds, device="cpu", **changes))
     folder = runs_dir / f"{env_id}__dql__{seed}__{name or num_seeds}"
     for k, path in enumerate([folder] if num_seeds == 1 else [folder, *seed_folders(args, folder)]):
@@ -46,7 +46,7 @@ def make_run(runs_dir: Path, env_id: str, seed: int, scores: tuple | None, num_s
 
 
 def table_of(tmp_path: Path, *words: str) -> list[dict]:
-    """What table1.csv says of the runs in a folder; numbers that are there as float."""
+    """The rows of table1.csv for the runs in a folder, with numbers as floats and missing ones as nan."""
     assert table1.run(["--only-table", "--runs-dir", str(tmp_path), "--out", str(tmp_path / "out"), *words]) == 0
     with (tmp_path / "out" / "table1.csv").open() as file:
         return [{k: v if k == "task" else float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
@@ -105,14 +105,14 @@ def jobs_of(runs_dir: Path, kind: str, seeds=5) -> list[tuple[int, int]]:
 
 
 def test_jobs(tmp_path):
-    """Seeds in one job on a GPU, each alone on a CPU; none for those done; a folder with a checkpoint is resumed."""
+    """Consecutive seeds share a job on a GPU only; finished ones get none; a folder with a checkpoint is resumed."""
     assert jobs_of(tmp_path, "cuda") == [(0, 5)]
     assert jobs_of(tmp_path, "cpu", seeds=3) == [(0, 1), (1, 1), (2, 1)]
     make_run(tmp_path, "hopper-medium-v2", 1, (1.0, 1.0, 1.0))
     assert jobs_of(tmp_path, "cuda") == [(0, 1), (2, 3)]
     begun = make_run(tmp_path, "hopper-medium-v2", 3, None, num_seeds=2)
     assert jobs_of(tmp_path, "cpu") == [(3, 2), (0, 1), (2, 1)]
-    assert jobs_of(tmp_path, "cuda") == [(0, 1), (2, 3)]  # a run goes on only on the kind of device that it began on
+    assert jobs_of(tmp_path, "cuda") == [(0, 1), (2, 3)]  # a run is resumed only on the kind of device it began on
     (begun / "checkpoint.pt").unlink()
     assert jobs_of(tmp_path, "cpu") == [(0, 1), (2, 1), (3, 1), (4, 1)]
 
@@ -139,7 +139,7 @@ def test_bad_input_in_one_line(words, complaint, tmp_path, monkeypatch, capsys):
 
 
 def data_file(path: Path) -> Path:
-    """Random contents in D4RL's layout."""
+    """Writes random data in D4RL's layout."""
     rng, task, rows = np.random.default_rng(0), TASKS["hopper-medium-v2"], 300
     with h5py.File(path, "w") as file:
         file["observations"] = rng.standard_normal((rows, task.state_dim)).astype(np.float32)
@@ -166,9 +166,9 @@ def started(words: list[str]) -> Iterator[subprocess.Popen]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """A folder with the data and the finished runs of seeds 0 and 1, and what the command that made them said.
+    """A folder with the data and the finished runs of seeds 0 and 1, and the output of the command that made them.
 
-    It was given walker2d too, to which the data do not fit.
+    The command was also given walker2d, which the data do not fit.
     """
     folder = tmp_path_factory.mktemp("undisturbed")
     words = command(folder, data_file(folder / "hopper.hdf5"), "walker2d-medium-v2", "--devices", "cpu")
@@ -181,7 +181,7 @@ def only_folder(folder: Path, seed: int) -> Path:
 
 
 def assert_same(folder: Path, other: Path, seed: int) -> None:
-    """The same metrics, times aside, and the same scores."""
+    """Asserts that a seed has the same metrics, times aside, and the same scores in both folders."""
     rows, summaries = [], []
     for path in (only_folder(folder, seed), only_folder(other, seed)):
         with (path / "metrics.csv").open() as file:
@@ -206,21 +206,21 @@ def in_mid_run(folder: Path, seed: int) -> bool:
 
 
 def trainers(folder: Path) -> list[tuple[int, int, str]]:
-    """(process, parent, command line) of each dql.py that has begun in a folder."""
+    """(process id, parent's id, command line) of each running dql.py that was given a path in the folder."""
     lines = subprocess.run(["ps", "-eo", "pid,ppid,args", "-ww"], capture_output=True, text=True).stdout.splitlines()
     found = [line.split(maxsplit=2) for line in lines if "dql.py" in line and str(folder) in line]
     return [(int(pid), int(parent), words) for pid, parent, words in found]
 
 
 def starts(folder: Path, seed: int) -> list[str]:
-    """The updates from which that seed's run began and went on, by its log."""
+    """The updates at which that seed's run was started and resumed, by its log."""
     log = (folder / "runs" / "logs" / f"hopper-medium-v2__{seed}.log").read_text()
     return re.findall(r"updates (\d+) to 40", log)
 
 
 @linux
 def test_killed_and_started_again(undisturbed, tmp_path):
-    """Asked to stop in mid-run, then killed in mid-run: no process is left, and it ends as if nothing had been."""
+    """Asked to stop in mid-run, then killed in mid-run: no process is left, and the results equal undisturbed ones."""
     folder, _ = undisturbed
     words = command(tmp_path, folder / "hopper.hdf5", "--devices", "cpu", "--jobs-per-device", "1")
     for seed, signum, code in ((0, signal.SIGTERM, 128 + signal.SIGTERM), (1, signal.SIGKILL, -signal.SIGKILL)):

@@ -1,10 +1,10 @@
-"""Kills runs at random moments, and holds what they end with equal, bit by bit, to a run that was left alone.
+"""Kills runs at random moments, resumes them, and checks that they end with the same bits as a run left alone.
 
     python bench/torture.py --kills 20               # SIGKILL: one seed, several, compiled
-    python bench/torture.py --cases memory overhead  # 200,000 updates' memory; what checks and checkpoints cost
+    python bench/torture.py --cases memory overhead  # memory over 200,000 updates; cost of checks and checkpoints
     python bench/torture.py --cases sigterm          # how long the demo's run takes to stop
 
-Runs are children forked from this process, so that a kill does not cost another import of torch. Linux only.
+Runs are children forked from this process, so that no run has to import torch again. Linux only.
 """
 
 import json
@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Literal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a forked child could not use the threads of its parent
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # compiles in the child, and dies with it
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # compile in the child itself, so that a kill ends that too
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import h5py
-import matplotlib.figure  # noqa: F401, here so that children need not
+import matplotlib.figure  # noqa: F401, imported here so that children need not
 import mujoco  # noqa: F401
 import numpy as np
 import torch
@@ -44,22 +44,22 @@ KILLED = {"one": {}, "several": {"num_seeds": 2}, "compiled": {"compile": True}}
 
 @dataclass
 class Torture:
-    """Kills, memory over a long run, and the cost of it all."""
+    """Kills runs; measures memory over a long run, the cost of checks and checkpoints, and the time to stop."""
 
     kills: int = 20
     """SIGKILLs for each of the cases one, several and compiled"""
     cases: tuple[Literal["one", "several", "compiled", "memory", "overhead", "sigterm"], ...] = tuple(KILLED)
-    """what to try"""
+    """which cases to run"""
     memory_updates: int = 200_000
     """length of the run whose memory is watched"""
     out: Path = Path("runs/torture.json")
-    """where results go; those of other cases that are there stay"""
+    """results file; earlier results of other cases are kept"""
     seed: int = 0
-    """of the moments of the kills"""
+    """seed of the random moments of the kills"""
 
 
 def tiny_args(folder: Path, **changes) -> dql.Args:
-    """A run of a second or two on random data in Hopper, which falls soon."""
+    """A run of one or two seconds: random data, and Hopper, which soon falls."""
     data, task, rng = folder / "data.hdf5", TASKS["hopper-medium-v2"], np.random.default_rng(0)
     if not data.exists():
         with h5py.File(data, "w") as file:
@@ -76,7 +76,7 @@ def tiny_args(folder: Path, **changes) -> dql.Args:
 
 
 def quiet_train(args: dql.Args, log: Path) -> None:
-    """In a child: what it prints goes to a file."""
+    """Trains in a child process, with its output in a file."""
     fd = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -90,13 +90,13 @@ def start(args: dql.Args, folder: Path) -> multiprocessing.Process:
 
 
 def newest(args: dql.Args) -> Path | None:
-    """The last run that was begun and can go on."""
+    """The folder of the run begun last, or None if none has an args.json yet."""
     runs = sorted(args.runs_dir.glob("*/args.json"), key=lambda path: path.stat().st_mtime_ns)
     return runs[-1].parent if runs else None
 
 
 def ends_alike(a: Path, b: Path) -> bool:
-    """Whether weights, optimizers, generators, metrics (times aside) and scores are the same bits."""
+    """Whether two runs have the same bits in weights, optimizers, generators, metrics (times aside) and scores."""
     args = read_args(a)
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b)]
     alike = all(same(states[0][part], states[1][part]) for part in ("agents", "generators"))
@@ -119,7 +119,7 @@ def same(a, b) -> bool:
 
 
 def kill_and_compare(args: dql.Args, kills: int, folder: Path, rng: random.Random) -> dict:
-    """Runs, killed at uniformly random moments and gone on with, until there have been that many kills."""
+    """Kills and resumes runs at uniformly random moments, up to that many kills; compares them with one left alone."""
     begun = time.perf_counter()
     child = start(args, folder)
     child.join()
@@ -144,7 +144,7 @@ def kill_and_compare(args: dql.Args, kills: int, folder: Path, rng: random.Rando
         if child.exitcode == 0:
             runs += 1
             alike &= ends_alike(whole, run)
-            length = time.perf_counter() - begun if fresh else length  # the first may have compiled for longest
+            length = time.perf_counter() - begun if fresh else length  # the first may have taken longer, to compile
         elif child.exitcode != -signal.SIGKILL:
             raise SystemExit(f"torture.py: a run failed: {(folder / 'log.txt').read_text()[-2000:]}")
         elif run and (run / "checkpoint.pt").exists():
@@ -154,7 +154,7 @@ def kill_and_compare(args: dql.Args, kills: int, folder: Path, rng: random.Rando
 
 
 def watch_memory(args: dql.Args, folder: Path) -> dict:
-    """Resident memory, threads and open files of a long run, each second, by update."""
+    """Resident memory, threads and open files of a long run, watched each second: at a tenth of it and at the end."""
     child, seen = start(args, folder), []
     while child.is_alive():
         time.sleep(1)
@@ -182,7 +182,7 @@ def watch_memory(args: dql.Args, folder: Path) -> dict:
 
 
 def overhead(folder: Path) -> dict:
-    """What a run adds to bare updates of HalfCheetah's shapes: paired blocks; rows and checkpoints by themselves."""
+    """What a run adds to bare updates of the demo: its loop, in paired blocks; rows and checkpoints by themselves."""
     args = replace(dql.with_settings(dql.Args()), device="cpu", compile=False)
     device, writers = torch.device("cpu"), [torch.utils.tensorboard.SummaryWriter(folder)]
     data = dql.load_dataset(args.env_id)
@@ -232,7 +232,7 @@ def overhead(folder: Path) -> dict:
 
 
 def stop_demo(folder: Path) -> dict:
-    """Seconds from SIGTERM to the end of the demo's run, eager, in the midst of its updates: medians of three."""
+    """Seconds from SIGTERM, amid updates, to the end of the demo's eager run of 1 and of 3 seeds: medians of three."""
     seconds = {}
     for num_seeds in (1, 3):
         times = []
@@ -267,7 +267,7 @@ def main() -> None:
             folder.mkdir()
             if case == "memory":
                 n = args.memory_updates
-                # cloning, for an update with critics takes four times as long
+                # cloning: an update with critics takes four times as long
                 long = {"num_updates": n, "batch_size": 4, "num_steps": 1, "eta": 0.0, "eval_candidates": 1,
                         "log_every": 1000, "checkpoint_every": 5000, "eval_every": n // 50}  # fmt: skip
                 results["memory"] = watch_memory(tiny_args(folder, **long), folder)
