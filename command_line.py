@@ -1,7 +1,7 @@
 """The arguments of a run: parsed from dql.py's command line, read back from a folder's args.json, and checked.
 
 `Args` itself, its defaults and the paper's settings are in dql.py. Whatever is wrong raises BadInput, whose one line
-says how to mend it.
+says how to fix it.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def fits(value: object, kind: object) -> bool:
 
 
 def resumed_args(given: Args) -> Args:
-    """The arguments of the run to resume, perhaps with more updates. Raises BadInput if any other flag differs."""
+    """The arguments of the run to resume, perhaps with more updates. Raises BadInput if one outside FREE differs."""
     given = typed(given)
     saved, group = read_args(given.resume), given.resume.resolve().parent
     if given.resume.resolve().name.startswith("seed-") and (group / "args.json").exists():
@@ -136,7 +136,7 @@ def resumed_args(given: Args) -> Args:
 
 
 def refuse_given(args: Args, argv: list[str]) -> None:
-    """Raises BadInput if a flag on the command line, even with its default value, differs from the run to resume."""
+    """Raises BadInput if a flag outside FREE was given, even with its default value, and the run to resume differs."""
     if not args.resume:
         return
     words = [word.split("=")[0] for word in argv if word.startswith("--")]
@@ -145,7 +145,7 @@ def refuse_given(args: Args, argv: list[str]) -> None:
 
 
 def refuse_others(given: Args, saved: Args, names: list[str]) -> None:
-    """Raises BadInput if any of the arguments of these names differs from those of the run to resume."""
+    """Raises BadInput if an argument of these names, outside FREE, differs from the run's; num_updates may grow."""
     given = replace(given, dataset_path=given.dataset_path and absolute(given.dataset_path))
     differ = [
         f"--{name.replace('_', '-')} {getattr(given, name)} (the run's: {getattr(saved, name)})"

@@ -1,12 +1,12 @@
 """How dql.py's losses, gradients and acting are compiled, and what carries out their matrix products on a CPU.
 
 A loss and its gradient are one graph: no autograd engine runs, and nothing is computed twice or saved between the two.
-On x86 a pass over the graph mends two weaknesses of PyTorch's products, which are MKL's; the mathematics and the text
-of dql.py stay as they are. First, a product with a bias copies that into every row of its result: here the kernel that
-reads the result adds it. Second, MKL uses only AVX2 on AMD's processors: where these have AVX-512, float32 products go
-to oneDNN, also part of PyTorch, which uses it and takes half the time for a layer of 256 x 256. On Intel's processors
-MKL uses AVX-512 too, and is faster. The choice depends on the processor, never on a measurement: a resumed run has the
-same bits.
+On x86 a pass over the graph works around two weaknesses of PyTorch's products, which are MKL's; the mathematics and the
+text of dql.py stay as they are. First, a product with a bias copies the bias into every row of its result: here the
+kernel that reads the result adds it. Second, MKL uses only AVX2 on AMD's processors. Where these have AVX-512, all but
+thin float32 products go to oneDNN, which is part of PyTorch, uses AVX-512, and takes half the time for a layer of
+256 x 256. On Intel's processors MKL uses AVX-512 too, and is faster. The choice depends on the processor, never on a
+measurement: a resumed run has the same bits.
 """
 
 import copy
@@ -32,7 +32,7 @@ def compiled(function: Callable, device: torch.device) -> Callable:
 
 
 class FasterProducts(CustomGraphPass):
-    """Takes biases out of a compiled graph's products or, where it pays, hands these to oneDNN, biases included.
+    """Takes biases out of a compiled graph's products; a product that oneDNN computes faster goes there, bias and all.
 
     Thin products, and those with part of a wider matrix, do not go to oneDNN.
     """

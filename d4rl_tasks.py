@@ -2,12 +2,12 @@
 
 The twenty tasks of the paper's Table 1 and halfcheetah-demo-v0. `load_dataset` returns the arrays of D4RL 1.1's
 `qlearning_dataset`; `make_env` returns environments whose single steps equal those of gym, mujoco-py and d4rl. Tasks of
-the same names in today's gymnasium differ:
-- HalfCheetah, Hopper, Walker2d, AntMaze: the bodies' masses, for MuJoCo before 2.1.2 gave a capsule the mass of a
+the same names in today's gymnasium differ. In D4RL:
+- HalfCheetah, Hopper, Walker2d, AntMaze: bodies have other masses, for MuJoCo before 2.1.2 gave a capsule the mass of a
   cylinder longer by half its radius at both ends.
-- Hopper, Walker2d: gym's v2 pays the bonus for being alive also on the step that ends an episode.
-- AntMaze: d4rl's ant has its own time step, contacts, motors and mazes, and observes its position but not its goal.
-- Pen: dropping it ends the episode. Kitchen: noise, observation and one collision.
+- Hopper, Walker2d: the bonus for being alive is also paid on the step that ends an episode.
+- AntMaze: the ant has its own time step, contacts, motors and mazes, and observes its position but not its goal.
+- Pen: dropping it ends the episode. Kitchen: noise, observation and one collision differ.
 MuJoCo 3.2.6 collides bodies as D4RL's 2.1.0 did; 3.2.7 no longer does so at antmaze's walls, 3.3 in pen and kitchen.
 gymnasium, mujoco, h5py, minari and the classic stack are imported when they are used; the module needs numpy alone.
 """
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class BadInput(ValueError):
-    """An error that the user can mend; the message is one line that says what is wrong and how to mend it."""
+    """An error that the user can fix; the message is one line that says what is wrong and how to fix it."""
 
     exit_code = 2
 
@@ -146,7 +146,7 @@ def load_dataset(env_id: str, path: str | os.PathLike | None = None, backend: st
     Args: path is a D4RL HDF5 file or a Minari folder; without it, D4RL's file in $D4RL_DATASET_DIR (by default
     ~/.d4rl/datasets), which is downloaded if it is not there. backend "d4rl" reads with d4rl itself.
     Returns: numpy arrays observations and next_observations (n, state_dim), actions (n, action_dim) in [-1, 1], rewards
-    (n,), all float32 and exactly as in the file, and terminals (n,) bool; rows in file order.
+    (n,), all float32, neither normalized nor clipped, and terminals (n,) bool; rows in file order.
     Raises: BadInput if the data cannot be had, read or used.
     """
     task = task_of(env_id, backend)
@@ -195,7 +195,7 @@ def _column(file: Any, name: str, file_size: int) -> Any:
         chunks = math.prod(-(-rows // piece) for rows, piece in zip(column.shape, column.chunks, strict=True))
         claimed = chunks * math.prod(column.chunks) * column.dtype.itemsize
     if chunks > file_size or claimed > 2**24 + 20 * min(column.id.get_storage_size(), file_size):
-        raise BadInput(f"{file.filename}: {name} claims {claimed:,} bytes, which the file cannot hold: mend it")
+        raise BadInput(f"{file.filename}: {name} claims {claimed:,} bytes, which the file cannot hold: write it anew")
     return column
 
 
@@ -214,7 +214,7 @@ def _checked(columns: dict[str, Any], task: Task, path: Path) -> dict[str, np.nd
         values = (column[...] if flag else column.astype(np.float32)[...]).reshape(shape)
         if not np.isfinite(values).all():
             row = np.flatnonzero(~np.isfinite(values).reshape(*rows, -1).all(axis=1))[0]
-            raise BadInput(f"{path}: {name} of row {row} are not finite in float32: mend or leave out that row")
+            raise BadInput(f"{path}: {name} of row {row} are not finite in float32: fix or leave out that row")
         largest = np.abs(values).max(initial=0) if name == "actions" else 0
         if largest > 2:  # not clipped: the scale would be wrong
             raise BadInput(f"{path}: actions reach {largest:g}, D4RL's lie in [-1, 1]: rescale them")
@@ -225,7 +225,7 @@ def _checked(columns: dict[str, Any], task: Task, path: Path) -> dict[str, np.nd
 
 
 def _transitions(rows: dict[str, np.ndarray], task: Task, path: Path) -> dict[str, np.ndarray]:
-    """D4RL's choice of rows: all but the last, which has no successor, and those where an episode is truncated."""
+    """D4RL's choice of rows: not the last one, which has no successor, and none at which an episode is truncated."""
     final = rows["timeouts"] if "timeouts" in rows else _count_ends(rows["terminals"], task.max_episode_steps)
     kept = ~final[:-1]
     if not kept.any():
@@ -238,7 +238,7 @@ def _transitions(rows: dict[str, np.ndarray], task: Task, path: Path) -> dict[st
 def _count_ends(terminals: np.ndarray, limit: int) -> np.ndarray:
     """The rows that D4RL takes for truncated, by counting steps, in a file without timeouts: (rows,) bool.
 
-    The count starts at 0, again at 0 after a row left out, and at 1 after a terminal row; at limit - 1 a row goes.
+    The count starts at 0, at 0 after a row left out, and at 1 after a terminal row; at limit - 1 a row is left out.
     """
     final = np.zeros(len(terminals), bool)
     ends = np.append(np.flatnonzero(terminals), len(terminals) - 1)
@@ -325,7 +325,7 @@ def download(env_id: str, path: Path) -> None:
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Downloads url to part, going on from what is there, with ever longer pauses after attempts that bring nothing."""
+    """Downloads url to part, continuing what is there, with ever longer pauses after attempts that bring nothing."""
     tries = 0
     while True:
         start = part.stat().st_size if part.exists() else 0
@@ -492,10 +492,9 @@ def _model(family: str, maze: str) -> Any:
 
 
 def _weigh_capsules(root: ET.Element) -> None:
-    """Gives capsules the mass and inertia they had before MuJoCo 2.1.2.
+    """Adds to each capsule the longer cylinder that MuJoCo before 2.1.2 weighed in its place.
 
-    Each gets the longer cylinder whose mass it was given: this touches nothing, is not drawn (group 3), and now has all
-    the mass.
+    The cylinder collides with nothing, is not drawn (group 3) and has all the mass and inertia; the capsule has none.
     """
     for body in root.iter("body"):
         for capsule in [geom for geom in body.findall("geom") if geom.get("type") == "capsule"]:
@@ -723,7 +722,7 @@ class Kitchen(Simulated):
         return KITCHEN_START, np.zeros(self.model.nv)
 
     def control(self, action: np.ndarray) -> np.ndarray:
-        """Speeds of at most 2, as position targets relative to the observed (noisy) positions."""
+        """Speeds of at most 2, as position targets: observed (noisy) positions plus speed times dt, within limits."""
         return np.clip(self.seen[:9] + 2 * np.clip(action, -1, 1).astype(float) * self.dt, *KITCHEN_LIMITS)
 
     def observe(self) -> np.ndarray:

@@ -18,21 +18,22 @@ Where the paper, the official code (github.com/Zhendong-Wang/Diffusion-Policies-
 the default is what the official code effectively does (except 2, 11 and 12), since the published scores come from it.
  1. Learning rates are constant: the official decay only moves them to 0.999 of their start. --lr-decay: real cosine.
  2. Offline selection takes evaluation argsort(bc_loss)[rank]; the official code, in error, argsort(bc_loss) == rank.
- 3. Evaluation acts with the online policy, --eval-candidates 50 actions a state, one drawn from the softmax of min
-    target Q / --eval-temperature 1 (0: the best). --eval-average acts with the policy's average.
- 4. The Q-loss maximises one critic, chosen by a coin each update, over the mean |Q| of the other on the policy's own
-    actions. The paper (Eq. 3) writes |Q| on the data's actions.
+ 3. Evaluation acts with the online policy: --eval-candidates 50 actions per state, one of them drawn from the softmax
+    of min target Q / --eval-temperature 1 (0: the best). --eval-average acts with the policy's average.
+ 4. The Q-loss maximises one critic, chosen by a coin each update, divided by the mean |Q| of the other on the policy's
+    own actions. The paper (Eq. 3) takes |Q| on the data's actions.
  5. Max-Q backup (--max-q-backup): 10 next actions; the maximum of each critic, then the minimum of the two.
  6. The critics' learning rate is always 3e-4; --learning-rate is the policy's.
- 7. The policy's average (which acts in the backup only) moves by 0.005 every 5th update, from update 1000 on
-    (--average-decay, --average-every, --average-from).
+ 7. The policy's average, used in the backup only, moves by 0.005 every 5th update from update 1000 on (--average-decay,
+    --average-every, --average-from); in the paper's Algorithm 1 it moves in every update.
  8. --reward standardize divides by the unbiased standard deviation.
  9. A reverse step clips its estimate of a^0 to the action range and uses the posterior's variance; the paper's formula
-    for it does neither.
-10. No gradient is computed that is thrown away (the target's chain, the critics' in the policy step): same numbers.
-11. --eta 0 clips gradients as the rest does; the official Diffusion-BC does not (--grad-norm 0).
+    does not clip and uses beta_i.
+10. Gradients that would be discarded (the target's chain, the critics' in the policy step) are not computed: the
+    numbers are the same.
+11. --eta 0 clips gradients as training with Q does; the official Diffusion-BC does not (--grad-norm 0).
 12. Evaluation episode k is reset with seed + 100 + k (neighbouring seeds share most starts); the official environment
-    is seeded once an evaluation, with seed + 100, and draws on.
+    is seeded once per evaluation, with seed + 100, and later episodes continue its random stream.
 """
 
 import copy
@@ -74,9 +75,9 @@ class Args:
     seed: int = 0
     """seed of weights, batches and noise; evaluation episode k resets with seed + 100 + k"""
     num_seeds: int = 1
-    """agents trained at once, with seeds seed, seed + 1, ...; each equals its single run (on a GPU up to rounding)"""
+    """agents trained at once, with seeds seed, seed + 1, ...; each as in a run of its own (on a GPU up to rounding)"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: cuda if there is one, and for a resumed run the device it was started on"""
+    """cpu, cuda, cuda:1, ...; auto: cuda if there is one. A resumed run keeps the value it was started with"""
     compile: bool | None = None
     """torch.compile losses and gradients: takes a minute or more at the start. None: if the run is long enough"""
     cudagraphs: bool | None = None
@@ -138,7 +139,7 @@ class Args:
     log_every: int = 1000
     """updates per row of metrics.csv"""
     checkpoint_every: int = 10_000
-    """updates between checkpoints, of which there is also one after each evaluation and at SIGTERM and Ctrl-C"""
+    """updates between checkpoints; there is also one after each evaluation, and on SIGTERM and Ctrl-C"""
 
 
 class Settings(NamedTuple):
@@ -292,7 +293,7 @@ class DiffusionPolicy(nn.Module):
         self.register_buffer("sinusoid", torch.cat([angle.sin(), angle.cos()], 1), persistent=False)
 
     def first_layer(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The shares of states (B, S) and of all N steps in the first layer, (B, 256) and (N, 256): once per chain.
+        """What states (B, S) and each of the N steps add to the first layer: (B, 256) and (N, 256), once per chain.
 
         The layer is W [a, t, s] + b = W_a a + W_t t + (W_s s + b), t the time embedding of a step.
         """
@@ -331,8 +332,9 @@ class DiffusionPolicy(nn.Module):
         scale = self.forward_scale.to(action.dtype)[step]
         noisy_action = scale[:, :1] * action + scale[:, 1:] * noise
         of_state, of_time = self.first_layer(state)
-        # a product, not of_time[step], whose gradient sums in no fixed order on a GPU
-        one_hot = step[:, None] == torch.arange(len(of_time), device=step.device)  # F.one_hot reads values on a CPU
+        # a product, not of_time[step], whose gradient sums in no fixed order on a GPU; and not F.one_hot, which reads
+        # values on the host
+        one_hot = step[:, None] == torch.arange(len(of_time), device=step.device)
         of_step = one_hot.to(of_time.dtype) @ of_time
         return F.mse_loss(self.predict_noise(noisy_action, of_state + of_step), noise)
 
@@ -463,7 +465,10 @@ class DiffusionQL:
         return F.mse_loss(q1, target) + F.mse_loss(q2, target), target.mean()
 
     def policy_losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """L_d (Eq. 2) and L_q (Eq. 3), each (). L_q is -Q of the chain's own actions over the mean |Q| of the other."""
+        """L_d (Eq. 2) and L_q (Eq. 3; 0 without critics), each ().
+
+        L_q = -mean(Q_i) / mean(|Q_j|) at the policy's own actions; the coin decides which critic is i.
+        """
         bc = self.policy.bc_loss(batch.action, batch.state, draws.bc_step, draws.bc_noise)
         if not self.has_critics:
             return bc, torch.zeros_like(bc)
@@ -509,18 +514,18 @@ class DiffusionQL:
         return self.clip([grad.contiguous() for grad in grads])
 
     def clip(self, grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Scales a gradient down to --grad-norm if it is longer, as clip_grad_norm_ does; its norm before, ()."""
-        # no foreach operations: for a GPU Inductor makes them one kernel, and would compute the norm in its midst
+        """The gradient scaled down to norm --grad-norm (0: never), as by clip_grad_norm_; its norm before, ()."""
+        # no foreach operations: Inductor makes them one GPU kernel, a part of which would compute the norm for all
         norm = nn.utils.get_total_norm(grads, foreach=False)
         scale = ((self.args.grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1)
         return [grad * scale for grad in grads], norm
 
     @torch.no_grad()
     def move_averages(self) -> None:
-        """Moves the critics' targets, and every --average-every updates the policy's average (else by 0 of the way)."""
+        """Moves the critics' targets and, each --average-every updates from --average-from on, the policy's average."""
         args = self.args
         moves = (self.step >= args.average_from) & (self.step % args.average_every == 0)
-        weight = moves * (1 - args.average_decay)
+        weight = moves * (1 - args.average_decay)  # otherwise 0, for a captured graph has no branches
         average, policy = list(self.policy_ema.parameters()), list(self.policy.parameters())
         torch._foreach_lerp_(average, policy, len(policy) * [weight.to(policy[0].dtype)])
         torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), args.tau)
@@ -598,10 +603,10 @@ def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -
 
 def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: Sequence[int], device: torch.device,
              check: Callable[[], None] = lambda: None) -> np.ndarray:  # fmt: skip
-    """Returns (E,) of one episode in each of E environments side by side, one batch of actions (E, A) per time step.
+    """The returns (E,) of one episode in each of E environments, side by side: one batch of actions per time step.
 
-    act always gets the states (E, S) of all environments, finished ones too, so that its shapes, and whose noise is
-    whose, never change. check is called before each time step, and may raise.
+    act always maps the states (E, S) of all environments, finished ones too, to actions (E, A), so that its shapes, and
+    whose noise is whose, never change. check is called before each time step, and may raise.
     """
     states = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
     returns, running = np.zeros(len(envs)), set(range(len(envs)))
@@ -617,7 +622,7 @@ def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: Sequence[int], 
 
 
 def eval_noise_seed(seed: int, step: int) -> int:
-    """Seeds the noise with which that seed's agent is evaluated after step updates."""
+    """The seed of the noise with which this seed's agent is evaluated after step updates."""
     return seed * 1_000_003 + step
 
 
@@ -649,7 +654,7 @@ def load_policy(folder: str | Path, seed: int = 0, device: str = "auto", eval_ca
     if args.num_seeds > 1:
         raise BadInput(f"{folder} holds {args.num_seeds} policies: give one of its folders seed-*")
     task = TASKS[args.env_id]
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
+    with torch.random.fork_rng(devices=[]):  # weights are drawn, and overwritten: not from the caller's generator
         agent = DiffusionQL(task.state_dim, task.action_dim, args)
     run_folder.restore_agents(run_folder.read_checkpoint(folder, agent.device), folder, [agent])
     generator = torch.Generator(agent.device).manual_seed(seed)
@@ -816,7 +821,7 @@ def main() -> None:
         command_line.refuse_given(args, sys.argv[1:])
         summary = train(args)
     except (BadInput, Diverged, Stopped, KeyboardInterrupt) as error:
-        print(f"dql.py: {str(error) or 'interrupted; a run that had begun goes on with --resume'}", file=sys.stderr)
+        print(f"dql.py: {str(error) or 'interrupted; --resume continues a run that had started'}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 128 + signal.SIGINT))
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's word, on a CPU and a GPU

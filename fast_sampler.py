@@ -1,7 +1,7 @@
 """The fast paths of dql.py: its update and its sampler captured as CUDA graphs, for one agent or for many at once.
 
-Why a graph: the networks are small, so an update on a GPU is about a thousand kernels of a few microseconds each, which
-take the CPU longer to launch than the GPU to run. A CUDA graph records the launches once (index draw, gather, draws,
+Why a graph: the networks are small, so an update on a GPU is hundreds of kernels of a few microseconds each, which take
+the CPU longer to launch than the GPU to run. A CUDA graph records the launches once (index draw, gather, draws,
 losses, gradients, clipping, both Adams, targets and average) and replays them in one call, without any input, and
 without any output that the host waits for: losses add up on the device and are read once per log line. torch.compile,
 inside, fuses kernels; the graph, outside, removes the cost of launching; replicas fill what one agent leaves idle.
@@ -10,8 +10,8 @@ another batch size needs another graph. Whatever changes from update to update (
 average moves, the step count) must be a device tensor; random numbers come from generators registered with the graph.
 
 `choose_path` decides what pays, by device and length of run. No loss and no network is defined here: `replicate` maps
-those of dql.py over a leading axis of replicas, and the graphs record dql.py's `train_step` and `act`. The tests hold
-every path equal to the eager one.
+those of dql.py over a leading axis of replicas, and the graphs record dql.py's `train_step` and `act_fresh`. The tests
+hold every path equal to the eager one.
 """
 
 import copy
@@ -128,14 +128,14 @@ def unstack(state, k: int):
 
 
 def states_of(agents: Sequence[DiffusionQL], num_seeds: int) -> list[dict]:
-    """The state of each seed's agent; agents are these agents, or the single one that `replicate` made of them."""
+    """The state of each seed; agents has one agent per seed, or the single one that `replicate` made of them."""
     if len(agents) == num_seeds:
         return [agent.state_dict() for agent in agents]
     return [unstack(agents[0].state_dict(), k) for k in range(num_seeds)]
 
 
 class Networks(nn.Module):
-    """The parts of an agent that DiffusionQL's losses read, as a module: functional_call can swap in a replica's."""
+    """What DiffusionQL's losses and act read of an agent, as a module: functional_call can use a replica's weights."""
 
     def __init__(self, agent: DiffusionQL):
         super().__init__()
@@ -148,10 +148,11 @@ class Networks(nn.Module):
 
 
 def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> DiffusionQL:
-    """K agents as one: parameters, optimizer state and losses have a leading axis (K, ...), and an update changes each
-    agent as it would alone, given the same draws.
+    """K agents as one: parameters, optimizer state and losses have a leading axis (K, ...). Given the same draws, an
+    update does to each replica what it would do to that agent alone.
 
-    The agents may differ in all that is learned, in seed, and in eta (all 0 or none); other arguments are the first's.
+    The agents may differ in all that is learned, in seed, and in eta (all 0 or none), not in their number of updates;
+    other arguments are the first's.
     `draw`, `draw_index` and `draw_act` take a list of K generators; batches and draws are (K, ...), states to act in
     (K E, S), replica by replica. Raises ValueError if the agents do not fit together.
     """

@@ -1,6 +1,6 @@
 """The folder of a run: what is written, how it is read back, which evaluations are reported, how a run stops.
 
-    runs/ENV__dql__SEED__TIME/    args.json, checkpoint.pt, summary.json and, of one seed, metrics.csv, curve.png and
+    runs/ENV__dql__SEED__TIME/    args.json, checkpoint.pt, summary.json and, with one seed, metrics.csv, curve.png and
                                   TensorBoard events; with several seeds, a folder seed-K for each with all of these
 
 Every file but TensorBoard's events is written beside and renamed: no reader and no crash ever finds one half written.
@@ -83,7 +83,7 @@ class Progress:
         return cls(0, sums, 0.0, history, checksum)
 
     def advance(self, updates: Callable[[int], Tensor], stop: int, chunk: int) -> int:
-        """Makes updates up to the next multiple of chunk, or stop: losses are summed in the same order after a resume.
+        """Makes updates up to the next multiple of chunk, or stop; so a resumed run sums losses in the same groups.
 
         updates(n) makes n of them and returns their summed losses. Returns how many were made.
         """
@@ -124,7 +124,7 @@ class Progress:
         self.sums, self.seconds = torch.zeros_like(self.sums), 0.0
 
 
-# ----------------------------------------------------------------------------- beginning and going on
+# ----------------------------------------------------------------------------- starting and resuming
 
 
 def start_folder(args: Args) -> Path:
@@ -189,7 +189,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 def finished(folder: Path, num_updates: int) -> dict | None:
-    """The summary of a run that has made all its updates; None of any other."""
+    """The summary of a run that has made all its updates; None for any other."""
     path = folder / "summary.json"
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         if path.is_file():  # a pipe would be waited for
@@ -227,9 +227,9 @@ def check_zip(path: Path) -> None:
 
 
 def check_same_run(checkpoint: dict, folder: Path, args: Args, device: torch.device) -> None:
-    """Raises BadInput if arguments or kind of device differ from the checkpoint's; warns if versions do."""
+    """Raises BadInput if arguments or kind of device differ from the checkpoint's; warns if versions or path do."""
     if checkpoint["device"] != device.type:
-        raise BadInput(f"{folder} ran on {checkpoint['device']}, and goes on exactly there alone: see --device")
+        raise BadInput(f"{folder} ran on {checkpoint['device']}, and resumes exactly only there: see --device")
     then, now = checkpoint["args"], as_json(args)
     differ = [name for name in now if name not in FREE and then.get(name, now) != now[name]]
     if may_grow(then.get("num_updates"), args.num_updates, args.lr_decay):
@@ -246,7 +246,7 @@ def check_same_run(checkpoint: dict, folder: Path, args: Args, device: torch.dev
 def restore(args: Args, agents: list[DiffusionQL], generators: list, begun: Progress) -> Progress:
     """Restores agents and generators from the checkpoint of the run args.resume; returns its progress.
 
-    begun is the progress of this run at its beginning. Raises BadInput if the checkpoint is not of the same run.
+    begun is this process's fresh Progress. Raises BadInput if the checkpoint is damaged, or of another run or data.
     """
     folder, device = args.resume, begun.sums.device
     checkpoint = read_checkpoint(folder, device)
@@ -282,7 +282,7 @@ def restore_agents(checkpoint: dict, folder: Path, agents: list[DiffusionQL]) ->
 def fill(own: Tensor | dict | list, saved: Tensor | dict | list) -> None:
     """Copies a saved state into the tensors of own, and takes nothing else from it. Raises if it does not fit.
 
-    copy_ alone would broadcast, drop imaginary parts and round fractions to integers.
+    copy_ alone would broadcast, drop imaginary parts and truncate fractions to integers.
     """
     if isinstance(own, Tensor):
         if saved.shape != own.shape or saved.is_floating_point() != own.is_floating_point() or saved.is_complex():
@@ -395,9 +395,9 @@ def check_health(folder: Path, args: Args, states: list[dict], now: Progress) ->
 
 
 def q_alarm(reward: Tensor, args: Args) -> Callable[[list[dict]], None]:
-    """A function of rows that warns, once per seed, if the mean target (Eq. 4) exceeds any discounted sum of rewards.
+    """A function of rows that warns, once per seed, if the mean target (Eq. 4) lies outside what rewards allow.
 
-    The margin is a twentieth of the range of such sums, for Q may well be a little off.
+    They allow any discounted sum of them, and a margin of a twentieth of the range, for Q may well be a little off.
     """
     horizon = 1 / (1 - args.gamma) if args.gamma < 1 else float("inf")
     low, high = min(0.0, reward.min().item() * horizon), max(0.0, reward.max().item() * horizon)
@@ -534,7 +534,7 @@ def instructions() -> str:
 
 @functools.cache
 def versions(device: torch.device) -> dict[str, str | int]:
-    """The versions of everything that a score depends on, for a run on that device."""
+    """What a score depends on besides arguments and data: versions, threads, instructions and, on a GPU, which one."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
     found["instructions"] = instructions()
     if device.type == "cuda":
@@ -555,7 +555,10 @@ def seed_folders(args: Args, folder: Path) -> list[Path]:
 
 @contextmanager
 def open_logs(args: Args, folder: Path, step: int) -> Iterator[list]:
-    """Yields a TensorBoard writer for each seed, which drops earlier events beyond step; starts Weights & Biases."""
+    """Yields a TensorBoard writer for each seed; what an interrupted run logged after step is hidden.
+
+    With --track it also starts Weights & Biases. Raises BadInput.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     if args.track:
@@ -578,7 +581,7 @@ def open_logs(args: Args, folder: Path, step: int) -> Iterator[list]:
 
 
 def log(args: Args, folder: Path, history: list[list[dict]], writers: list, paper: tuple | None) -> None:
-    """Writes each seed's newest row to TensorBoard and metrics.csv, and after an evaluation curve.png."""
+    """Writes each seed's newest row to TensorBoard and metrics.csv and, after an evaluation, curve.png."""
     for k, (path, rows, writer) in enumerate(zip(seed_folders(args, folder), history, writers, strict=True)):
         for name in METRICS[1:]:
             if rows[-1][name] != "":
