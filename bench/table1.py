@@ -389,8 +389,11 @@ def choose_tasks(patterns: list[str]) -> list[str]:
 
 def choose_devices(args: Args) -> list[str]:
     """Each device, repeated for every job that may run on it at once. Raises BadInput."""
-    devices = args.devices or [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
-    if len({dql.choose_device(device).type for device in devices}) > 1:
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]  # which touches none: that would take memory there
+    devices = args.devices or gpus or ["cpu"]
+    if missing := {*devices} - {*gpus, "cpu"}:
+        raise BadInput(f"--devices {' '.join(sorted(missing))}: there is {' and '.join([*gpus, 'cpu'])}")
+    if len({device.split(":")[0] for device in devices}) > 1:
         raise BadInput(f"--devices {' '.join(devices)}: a run ends on the kind of device that it began on, give one")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [d for d in devices for _ in range(args.jobs_per_device or (cores if d == "cpu" else 1))]

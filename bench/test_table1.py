@@ -124,7 +124,7 @@ def test_jobs(tmp_path):
     (["--gama", "1"], "--gamma"),
     (["--num-seeds", "2"], "--num-seeds is not passed on"),
     (["--num-updates", "0"], "--num-updates is 0"),
-    (["--devices", "cuda:99"], "--device cuda:99 (given, found or resumed) cannot be used"),
+    (["--devices", "cuda:99"], "--devices cuda:99: there is "),
     (["--only-table"], "no finished run"),
 ])  # fmt: skip
 def test_bad_input_in_one_line(words, complaint, tmp_path, monkeypatch, capsys):
