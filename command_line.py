@@ -103,7 +103,7 @@ def read_args(folder: Path) -> Args:
 
     try:
         if not (folder / "args.json").is_file():  # a pipe would be waited for
-            raise OSError("it has no file args.json")
+            raise OSError("it has no file args.json" if folder.exists() else "it does not exist")
         saved = json.loads((folder / "args.json").read_text())
         return with_settings(Args(**saved))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:

@@ -63,11 +63,11 @@ from run_folder import Diverged, Progress, Stopped
 
 @dataclass
 class Args:
-    """Diffusion-QL (arXiv 2208.06193). A flag left at None takes the task's setting from the paper."""
+    """Diffusion-QL (arXiv 2208.06193). Flags of the algorithm and evaluation left at None take the task's setting."""
 
     # --- what to run
     env_id: str = "halfcheetah-demo-v0"
-    """one of D4RL's twenty tasks, or the embedded demo data set"""
+    """one of D4RL's twenty tasks (an unknown id lists them), or the embedded demo data set"""
     dataset_path: Path | None = None
     """data to train on instead of the task's own: a D4RL HDF5 file, or the folder of a Minari data set"""
     env_backend: Literal["maintained", "d4rl"] = "maintained"
@@ -79,9 +79,9 @@ class Args:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda if there is one. A resumed run keeps the value it was started with"""
     compile: bool | None = None
-    """torch.compile losses and gradients: takes a minute or more at the start. None: if the run is long enough"""
+    """torch.compile losses and gradients, or --no-compile: takes a minute or more. None: if the run is long"""
     cudagraphs: bool | None = None
-    """capture the whole update, and acting, as CUDA graphs. None: on a GPU, unless the run is very short"""
+    """capture the whole update, and acting, as CUDA graphs, or --no-cudagraphs. None: in longer runs on a GPU"""
     runs_dir: Path = Path("runs")
     """where the run's folder ENV__dql__SEED__TIME goes"""
     resume: Path | None = None
@@ -111,7 +111,7 @@ class Args:
     max_q_backup: bool | None = None
     """Eq. 4 with the best of 10 next actions"""
     reward: Literal["none", "standardize", "antmaze"] | None = None
-    """reward transform: (r - mean) / std, or 4 (r - 1/2)"""
+    """reward transform: none; standardize: (r - mean) / std; antmaze: 4 (r - 1/2)"""
     gamma: float = 0.99
     """discount"""
     tau: float = 0.005

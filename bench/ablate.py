@@ -60,13 +60,13 @@ class Args:
     out: Path = Path("runs/ablation")
     """output folder; an ablation already in it is continued"""
     quick: bool = False
-    """small values for every number and grid not given"""
+    """small values for every number and grid not given; writes to runs/ablation-quick unless --out is given"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda if there is one"""
 
 
 QUICK = {"num_seeds": 2, "num_updates": 20, "batch_size": 32, "eval_episodes": 1, "num_steps": (1, 3),
-         "etas": (0.0, 1.0)}  # fmt: skip
+         "etas": (0.0, 1.0), "out": Path("runs/ablation-quick")}  # fmt: skip
 FIXED = ("env_id", "dataset_path", "num_updates", "batch_size", "eval_episodes", "device")
 DISTANCE_ROWS = 2000
 COLUMNS = {

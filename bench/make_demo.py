@@ -30,7 +30,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if importlib.util.find_spec("stable_baselines3") is None:
-    sys.exit("make_demo.py: pip install stable-baselines3==2.9.2")
+    print("make_demo.py needs stable-baselines3: pip install stable-baselines3==2.9.2", file=sys.stderr)
+    sys.exit(2)
 
 import gymnasium
 import h5py

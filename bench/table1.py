@@ -62,7 +62,7 @@ class Args:
     ray: str | None = None
     """address of a Ray cluster to train on: auto, HOST:PORT, or local to start one on this machine"""
     quick: bool = False
-    """the demo data, two seeds and next to no training"""
+    """the demo data, two seeds and next to no training; writes to runs/table1-quick unless --out is given"""
     only_table: bool = False
     """train nothing, only make the table"""
 
@@ -369,7 +369,8 @@ def parse(argv: list[str]) -> tuple[Args, list[str]]:
     """The arguments, and the words passed on to dql.py. Raises BadInput."""
     args, words = command_line.parsed(Args, argv, "bench/table1.py", return_unknown_args=True)
     if args.quick:
-        return replace(args, tasks=["halfcheetah-demo-v0"], seeds=2), [*QUICK, *words]
+        out = Path("runs/table1-quick") if args.out == Args().out else args.out
+        return replace(args, tasks=["halfcheetah-demo-v0"], seeds=2, out=out), [*QUICK, *words]
     for name in ("seeds", "jobs_per_device"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")

@@ -149,17 +149,19 @@ class Peer(NamedTuple):
     evaluate: Callable[[list], object]
 
 
-def checkout(request: pytest.FixtureRequest, option: str) -> None:
-    """Makes the option's checkout importable; skips the test if the option is not given."""
+def checkout(request: pytest.FixtureRequest, option: str, code: str) -> None:
+    """Makes the option's checkout, which has the file code, importable; skips the test if the option is not given."""
     path = request.config.getoption(option)
     if path is None:
         pytest.skip(f"no {option} CHECKOUT")
+    if not (path / code).exists():
+        raise pytest.UsageError(f"{option} {path} has no {code}: give the folder of a checkout")
     sys.path.insert(0, str(path))
 
 
 def official(request: pytest.FixtureRequest) -> Peer:
     """The official implementation: acts in one state per call, and evaluates one episode after another."""
-    checkout(request, "--official")
+    checkout(request, "--official", "agents/ql_diffusion.py")
     from agents.ql_diffusion import Diffusion_QL
     from utils.data_sampler import Data_Sampler
 
@@ -182,7 +184,7 @@ def official(request: pytest.FixtureRequest) -> Peer:
 
 def flow_rl(request: pytest.FixtureRequest) -> Peer:
     """flow-rl: acts in all states at once; numpy draws its batches; its time embedding is 64 wide, ours 16."""
-    checkout(request, "--flow-rl")
+    checkout(request, "--flow-rl", "flowrl/agent/offline/dql.py")
     jax = pytest.importorskip("jax")
     from flowrl.agent.offline.dql import DQLAgent
     from flowrl.types import Batch
