@@ -266,6 +266,11 @@ def test_a_failing_job_takes_no_other_with_it(undisturbed):
     assert done.stderr.count("\n") == 2 and "is it walker2d data?" in log.read_text()
 
 
+def test_quick_keeps_to_a_folder_of_its_own():
+    assert table1.parse(["--quick"])[0].out == Path("runs/table1-quick")
+    assert table1.parse(["--quick", "--out", "x"])[0].out == Path("x")
+
+
 def test_quick_then_nothing_to_do(tmp_path):
     words = [sys.executable, str(SCRIPT), "--quick", "--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path),
              "--devices", "cpu"]  # fmt: skip
