@@ -15,9 +15,11 @@ hold every path equal to the eager one.
 """
 
 import copy
+import ctypes
 import gc
 import importlib.util
 import os
+import platform
 import shlex
 import shutil
 import sysconfig
@@ -78,7 +80,9 @@ def make_steps(
 
     On a GPU `replicate` makes several agents one. On a CPU, which one agent keeps busy, they take turns.
     """
-    if len(agents) > 1 and agents[0].device.type != "cpu":
+    if agents[0].device.type == "cpu":
+        keep_freed_memory()
+    elif len(agents) > 1:
         agents = [replicate(agents, args.compile)]
         generators, eval_generators = [generators], [eval_generators]
     if args.cudagraphs:
@@ -96,6 +100,14 @@ def make_steps(
         return torch.cat([dql.act_fresh(agent, own.clone(), g) for agent, own, g in turns])
 
     return agents, updates, act
+
+
+def keep_freed_memory() -> None:
+    """Stops glibc from giving what an update frees back to the system, to get it again page by page in the next."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # as in malloc.h
+        libc.mallopt(trim_threshold, 2**30)
+        libc.mallopt(mmap_threshold, 2**25)  # the manual's largest; the line above stops it from growing by itself
 
 
 # ----------------------------------------------------------------------------- replicas
