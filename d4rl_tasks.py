@@ -150,10 +150,13 @@ def load_dataset(env_id: str, path: str | os.PathLike | None = None, backend: st
     Raises: BadInput if the data cannot be had, read or used.
     """
     task = task_of(env_id, backend)
-    path = Path(os.path.expanduser(path)) if path is not None else _data_file(env_id, task)
-    if backend == "d4rl":
-        return _classic_dataset(env_id, path)
-    return _read_minari(path, task) if os.path.isdir(path) else _transitions(_read_hdf5(path, task), task, path)
+    try:
+        path = Path(os.path.expanduser(path)) if path is not None else _data_file(env_id, task)
+        if backend == "d4rl":
+            return _classic_dataset(env_id, path)
+        return _read_minari(path, task) if os.path.isdir(path) else _transitions(_read_hdf5(path, task), task, path)
+    except MemoryError:  # of a download too, which is kept
+        raise BadInput(f"the data of {env_id} do not fit into memory: free some, or give a smaller file") from None
 
 
 def _read_hdf5(path: Path, task: Task) -> dict[str, np.ndarray]:
@@ -170,12 +173,10 @@ def _read_hdf5(path: Path, task: Task) -> dict[str, np.ndarray]:
             names += ["timeouts"] if file.id.links.exists(b"timeouts") else []
             columns = {name: _column(file, name, status.st_size) for name in names}
             return _checked(columns, task, path)
-    except BadInput:
+    except (BadInput, MemoryError):
         raise
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: give a D4RL HDF5 file or the folder of a Minari data set") from None
-    except MemoryError:
-        raise BadInput(f"{path} does not fit into memory: give a smaller file") from None
     except Exception as error:  # h5py raises nearly every kind of exception on damaged files
         raise BadInput(f"{path} cannot be read as HDF5 ({error}): if it is not whole, fetch it anew") from None
 
@@ -303,6 +304,7 @@ def download(env_id: str, path: Path) -> None:
             sources = [task.url, MIRROR + path.name]
             while sources and not path.exists():  # another process may have brought it while this one waited
                 resumed = part.exists()
+                print(f"downloading {sources[0]}", file=sys.stderr)
                 try:
                     _fetch(sources[0], part)
                     _verify(part, task)

@@ -2839,6 +2839,17 @@ def test_download_checks_size_hash_and_contents(serve, tmp_path, content):
     load_dataset(HOPPER)
 
 
+def test_download_is_kept_where_memory_does_not_suffice_to_check_it(serve, content, tmp_path, monkeypatch):
+    server, _ = serve("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(d4rl_tasks, "_checked", lambda *_: np.empty(2**62, np.uint8))  # numpy's own MemoryError
+        bad_input(lambda: load_dataset(HOPPER), HOPPER, "memory")
+        bad_input(lambda: load_dataset(HOPPER, tmp_path / "source.hdf5"), HOPPER, "memory")
+    assert (tmp_path / "data" / (HOPPER_FILE + ".part")).read_bytes() == content
+    load_dataset(HOPPER)
+    assert [given for _, given in server.requests] == [None, f"bytes={len(content)}-"]
+
+
 def test_download_into_a_folder_that_cannot_be(serve, tmp_path, monkeypatch):
     serve()
     (tmp_path / "file").write_text("")
