@@ -18,6 +18,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -520,16 +521,26 @@ def write_curve(path: Path, rows: list[dict], args: Args, paper: tuple[float, fl
 
 
 @functools.cache
+def cpuinfo() -> str:
+    """What the system says of the processor."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else platform.processor()
+
+
 def processor_vendor() -> str:
     """The processor's vendor: "AMD", "Intel" or "other"."""
-    cpuinfo = Path("/proc/cpuinfo")
-    name = cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
-    return "AMD" if "AuthenticAMD" in name else "Intel" if "GenuineIntel" in name else "other"
+    return "AMD" if "AuthenticAMD" in cpuinfo() else "Intel" if "GenuineIntel" in cpuinfo() else "other"
 
 
 def instructions() -> str:
-    """The processor's vendor and vector instructions, such as "AMD AVX512"; compiling.py chooses products by them."""
-    return f"{processor_vendor()} {torch.backends.cpu.get_cpu_capability()}"
+    """The processor's vendor and vector instructions, such as "AMD AVX512"; compiling.py chooses products by them.
+
+    Zen 4, the one family of AMD's with AVX-512 before Zen 5 (26), executes it in halves: "AMD AVX512 in halves".
+    """
+    found = f"{processor_vendor()} {torch.backends.cpu.get_cpu_capability()}"
+    family = re.search(r"family\s*:?\s*(\d+)", cpuinfo(), re.IGNORECASE)
+    in_halves = found == "AMD AVX512" and family and int(family[1]) < 26
+    return found + " in halves" * bool(in_halves)
 
 
 @functools.cache

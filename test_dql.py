@@ -1093,7 +1093,7 @@ def test_what_becomes_of_products(monkeypatch):
 
     x, w, wide, bias = torch.randn(64, 40), torch.randn(50, 40), torch.randn(50, 60), torch.randn(50)
     linear = torch.nn.functional.linear
-    for where in ("AMD AVX512", "Intel AVX512", "AMD AVX2"):
+    for where in ("AMD AVX512", "AMD AVX512 in halves", "Intel AVX512", "AMD AVX2"):
         monkeypatch.setattr(compiling, "instructions", lambda where=where: where)
         onednn = where == "AMD AVX512" and torch.backends.mkldnn.is_available()
         product, with_bias = (["product"], ["product"]) if onednn else (["mm"], ["mm", "add"])
@@ -1105,6 +1105,23 @@ def test_what_becomes_of_products(monkeypatch):
         assert kinds(lambda x, w: x @ w[:, :40].t(), x, wide) == ["mm"]
         assert kinds(lambda x, w: x @ w.t(), x[:31], w) == ["mm"]
         assert kinds(linear, x[:31], w, bias) == ["mm", "add"]
+
+
+@pytest.mark.parametrize(
+    "cpuinfo, capability, want",
+    [
+        ("vendor_id : AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2", "AVX512", "AMD AVX512"),
+        ("vendor_id : AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17", "AVX512", "AMD AVX512 in halves"),
+        ("vendor_id : AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 1", "AVX2", "AMD AVX2"),
+        ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", "AVX512", "AMD AVX512 in halves"),
+        ("vendor_id : GenuineIntel\ncpu family\t: 6\nmodel\t\t: 207", "AVX512", "Intel AVX512"),
+        ("", "DEFAULT", "other DEFAULT"),
+    ],
+)
+def test_processors_are_told_apart(cpuinfo, capability, want, monkeypatch):
+    monkeypatch.setattr(run_folder, "cpuinfo", lambda: cpuinfo)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert run_folder.instructions() == want
 
 
 @pytest.fixture
