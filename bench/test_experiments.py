@@ -5,6 +5,7 @@
 
 import csv
 import math
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -237,3 +238,10 @@ def test_bad_input_is_one_line(ablation, flags, said, monkeypatch, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is there, and the check takes ten minutes")
+def test_kernels_for_a_gpu_need_triton():
+    command = [sys.executable, str(Path(__file__).with_name("check_gpu_kernels.py"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install triton" in done.stderr and done.stderr.count("\n") == 1
