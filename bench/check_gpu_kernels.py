@@ -12,7 +12,7 @@ What this leaves unproved is what the interpreter does not have: machine code, b
 and speed; and what is decided by measuring on the GPU: sizes of blocks, and whether products are padded.
 
 It relies on the insides of torch 2.13 and is not part of the tests. Writes bench/results/gpu_kernels.json. Exit code: 0
-all equal, 1 not, 2 something is missing.
+all equal, 1 not (or, with a traceback, the check itself failed), 2 something is missing.
 """
 
 import argparse
