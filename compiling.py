@@ -1,16 +1,17 @@
 """How dql.py's losses, gradients and acting are compiled, and what carries out their matrix products on a CPU.
 
-A loss and its gradient are one graph: no autograd engine runs, and nothing is computed twice or saved between the two.
+A loss and its gradient are one graph: no autograd engine runs, and kernels may span both.
 On x86 a pass over the graph works around two weaknesses of PyTorch's products, which are MKL's; the mathematics and the
 text of dql.py stay as they are. First, a product with a bias copies the bias into every row of its result: here the
 kernel that reads the result adds it. Second, MKL uses only AVX2 on AMD's processors. Where these have AVX-512 in full
 width (from Zen 5 on), all but thin float32 products go to oneDNN, which is part of PyTorch, uses AVX-512, and takes
 half the time for a layer of 256 x 256. Zen 4 executes AVX-512 in halves and gains nothing by it; on Intel's processors
-MKL uses AVX-512 too, and is faster. The choice depends on the processor, never on a measurement: a resumed run has the
-same bits.
+MKL uses AVX-512 too, and is faster. The choice depends on the processor, never on a measurement, nor do Inductor's
+choices that change results: a resumed run has the same bits.
 """
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -20,16 +21,24 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from run_folder import instructions, processor_vendor
 
 torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad may be called in what is compiled
+warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch suggests them; float32 is meant
 THIN = 32  # a product with a smaller dimension gains nothing: measured with batches of 50 to 500
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
     """Compiles function whole, with the gradients that it takes, for the shapes it is called with."""
-    options = {}
-    if device.type == "cpu" and processor_vendor() != "other":
-        # one C++ file for a graph's kernels and their calls compiles faster; torch 2.11 writes invalid C++ at times
-        options = {"post_grad_custom_post_pass": FASTER_PRODUCTS, "cpp_wrapper": torch.__version__ >= (2, 13)}
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    return torch.compile(function, fullgraph=True, dynamic=False, options=inductor_options(device))
+
+
+def inductor_options(device: torch.device) -> dict:
+    """The options of Inductor, PyTorch's compiler, on a device."""
+    if device.type == "cuda":
+        # otherwise it times kernels, and picks the order of a sum and the padding of a product by what was faster
+        return {"deterministic": True}
+    if processor_vendor() == "other":
+        return {}
+    # one C++ file for a graph's kernels and their calls compiles faster; torch 2.11 writes invalid C++ at times
+    return {"post_grad_custom_post_pass": FASTER_PRODUCTS, "cpp_wrapper": torch.__version__ >= (2, 13)}
 
 
 class FasterProducts(CustomGraphPass):

@@ -26,7 +26,7 @@ the default is what the official code effectively does (except 2, 11 and 12), si
  6. The critics' learning rate is always 3e-4; --learning-rate is the policy's.
  7. The policy's average, used in the backup only, moves by 0.005 every 5th update from update 1000 on (--average-decay,
     --average-every, --average-from); in the paper's Algorithm 1 it moves in every update.
- 8. --reward standardize divides by the unbiased standard deviation.
+ 8. --reward standardize divides by the unbiased standard deviation, as the official code does; numpy's is the biased.
  9. A reverse step clips its estimate of a^0 to the action range and uses the posterior's variance; the paper's formula
     does not clip and uses beta_i.
 10. Gradients that would be discarded (the target's chain, the critics' in the policy step) are not computed: the
@@ -316,7 +316,7 @@ class DiffusionPolicy(nn.Module):
         noise (N + 1, C B, A): noise[0] is a^N, noise[1..N] drive the steps i = N..1; the last is not used.
         """
         of_state, of_time = self.first_layer(state)
-        of_state = of_state.repeat_interleave(noise.shape[1] // len(state), 0)
+        of_state = of_state.repeat_interleave(noise.shape[1] // max(len(state), 1), 0)
         action = noise[0]
         for step_noise, i in zip(noise[1:], reversed(range(len(self.reverse))), strict=True):
             r, m, c0, ci, sigma = self.reverse[i]  # the paper's step i + 1
@@ -383,7 +383,7 @@ class ActDraws(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What one update logs, device tensors of shape ()."""
+    """What one update logs, device tensors of shape (), or (K,) of K replicas."""
 
     critic: Tensor  # Eq. 4, both critics
     bc: Tensor  # L_d, Eq. 2
@@ -431,6 +431,7 @@ class DiffusionQL:
         on_gpu = self.device.type == "cuda"  # its kernel reads a float32 rate
         lr = torch.tensor(learning_rate, dtype=torch.float32 if on_gpu else torch.float64, device=self.device)
         adam = torch.optim.Adam(network.parameters(), lr=lr, fused=True, capturable=on_gpu)
+        adam._warned_capturable_if_run_uncaptured = True  # torch would advise against capturable in an eager step
         for p in network.parameters():  # as Adam's first step does; now, so that a checkpoint can be loaded into it
             step = torch.zeros((), dtype=torch.float32, device=p.device)
             adam.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -474,10 +475,11 @@ class DiffusionQL:
             return bc, torch.zeros_like(bc)
         action = self.policy.sample(batch.state, draws.policy_noise)
         # both critics in the coin's order, detached: no gradient goes to them, nor through the one that only normalises
-        first_wins, ordered = draws.coin > 0.5, {}
+        q1_is_maximised = draws.coin > 0.5
+        ordered = {}
         for (name, p1), p2 in zip(self.critic.q1.named_parameters(), self.critic.q2.parameters(), strict=True):
-            ordered["q1." + name] = torch.where(first_wins, p1, p2).detach()
-            ordered["q2." + name] = torch.where(first_wins, p2, p1).detach()
+            ordered["q1." + name] = torch.where(q1_is_maximised, p1, p2).detach()
+            ordered["q2." + name] = torch.where(q1_is_maximised, p2, p1).detach()
         q, other_q = torch.func.functional_call(self.critic, ordered, (batch.state, action))
         return bc, -q.mean() / other_q.detach().abs().mean()
 
@@ -554,7 +556,8 @@ class DiffusionQL:
         q = torch.min(*self.critic_target(state.repeat_interleave(candidates, 0), action)).view(num_states, candidates)
         # Gumbel's trick: the argmax of Q / T plus Gumbel noise is a draw from softmax(Q / T)
         chosen = (q + self.args.eval_temperature * draws.gumbel).argmax(1)
-        return action.view(num_states, candidates, -1)[torch.arange(num_states, device=self.device), chosen]
+        action = action.view(num_states, candidates, action.shape[-1])
+        return action[torch.arange(num_states, device=self.device), chosen]
 
     def state_dict(self) -> dict:
         """Everything an update reads and changes."""
@@ -571,6 +574,17 @@ def descend(optimizer: torch.optim.Adam, grads: list[Tensor]) -> None:
     for p, grad in zip(optimizer.param_groups[0]["params"], grads, strict=True):
         p.grad = grad
     optimizer.step()
+
+
+def train_step(agent: DiffusionQL, dataset: Batch, generator: torch.Generator) -> Tensor:
+    """One iteration of Algorithm 1 on a random batch; its losses (7,), or (K, 7) for K replicas."""
+    index = agent.draw_index(len(dataset.state), generator)
+    return torch.stack(agent.update(Batch(*(x[index] for x in dataset)), agent.draw(generator)), -1)
+
+
+def act_fresh(agent: DiffusionQL, states: Tensor, generator: torch.Generator) -> Tensor:
+    """Actions (E, A) for states (E, S), with fresh noise; for K replicas (K E, A) and (K E, S), replica by replica."""
+    return agent.act(states, agent.draw_act(len(states), generator))
 
 
 def choose_device(name: str) -> torch.device:
@@ -660,7 +674,7 @@ def load_policy(folder: str | Path, seed: int = 0, device: str = "auto", eval_ca
     generator = torch.Generator(agent.device).manual_seed(seed)
 
     def policy(states):
-        x = torch.as_tensor(states, dtype=torch.float32, device=agent.device)
+        x = torch.as_tensor(states, dtype=agent.eta.dtype, device=agent.device)
         if x.shape[-1:] != (task.state_dim,):
             raise ValueError(f"states of {args.env_id} have {task.state_dim} numbers each, not shape {tuple(x.shape)}")
         rows = x.reshape(-1, task.state_dim)
@@ -671,6 +685,9 @@ def load_policy(folder: str | Path, seed: int = 0, device: str = "auto", eval_ca
 
 
 # ----------------------------------------------------------------------------- the run
+
+
+REPLAYS = 10  # of a captured update between two looks for signals; sums of losses are grouped by them
 
 
 def train(args: Args) -> dict:
@@ -733,6 +750,13 @@ def run(args: Args) -> dict:
     return summary
 
 
+def make_agent(args: Args, seed: int) -> DiffusionQL:
+    """The agent of one seed. On a CPU the run's generator begins with the numbers that its weights were made of."""
+    torch.manual_seed(seed)
+    task = TASKS[args.env_id]
+    return DiffusionQL(task.state_dim, task.action_dim, replace(args, seed=seed))
+
+
 def run_loop(args: Args, folder: Path, now: Progress, agents: list[DiffusionQL], generators: list[torch.Generator],
              updates: Callable[[int], Tensor], score: Callable[[int, Callable], np.ndarray],
              warn: Callable[[list[dict]], None]) -> None:  # fmt: skip
@@ -759,7 +783,7 @@ def run_loop(args: Args, folder: Path, now: Progress, agents: list[DiffusionQL],
             while now.last_row() < args.num_updates:
                 row_at = now.next_row(args)
                 while now.step < row_at:
-                    n = now.advance(updates, row_at, 10 if args.cudagraphs else 1)
+                    n = now.advance(updates, row_at, REPLAYS if args.cudagraphs else 1)
                     bar.update(n)
                     check_signals()
                     if now.step % args.checkpoint_every < n:
@@ -794,24 +818,6 @@ def record_video(args: Args, folder: Path, video_env) -> None:
         RecordVideo(video_env, str(beside), name_prefix="video", disable_logger=True) as env,
     ):
         evaluate(policy, [env], [args.seed + 100], choose_device(args.device))
-
-
-def make_agent(args: Args, seed: int) -> DiffusionQL:
-    """The agent of one seed."""
-    torch.manual_seed(seed)
-    task = TASKS[args.env_id]
-    return DiffusionQL(task.state_dim, task.action_dim, replace(args, seed=seed))
-
-
-def train_step(agent: DiffusionQL, dataset: Batch, generator: torch.Generator) -> Tensor:
-    """One iteration of Algorithm 1 on a random batch; its losses (7,), or (K, 7) for K replicas."""
-    index = agent.draw_index(len(dataset.state), generator)
-    return torch.stack(agent.update(Batch(*(x[index] for x in dataset)), agent.draw(generator)), -1)
-
-
-def act_fresh(agent: DiffusionQL, states: Tensor, generator: torch.Generator) -> Tensor:
-    """Actions (E, A) for states (E, S), with fresh noise; for K replicas (K E, A) and (K E, S), replica by replica."""
-    return agent.act(states, agent.draw_act(len(states), generator))
 
 
 def main() -> None:

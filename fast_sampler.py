@@ -1,4 +1,4 @@
-"""The fast paths of dql.py: its update and its sampler captured as CUDA graphs, for one agent or for many at once.
+"""The fast paths of dql.py: which to take, its update and sampler captured as CUDA graphs, and many agents at once.
 
 Why a graph: the networks are small, so an update on a GPU is hundreds of kernels of a few microseconds each, which take
 the CPU longer to launch than the GPU to run. A CUDA graph records the launches once (index draw, gather, draws,
@@ -147,16 +147,15 @@ def states_of(agents: Sequence[DiffusionQL], num_seeds: int) -> list[dict]:
 
 
 class Networks(nn.Module):
-    """What DiffusionQL's losses and act read of an agent, as a module: functional_call can use a replica's weights."""
+    """An agent's networks as one module, for functional_call to lend them a replica's parameters."""
 
     def __init__(self, agent: DiffusionQL):
         super().__init__()
-        self.args, self.device, self.has_critics = agent.args, agent.device, agent.has_critics
         for name in NETWORKS:
             setattr(self, name, getattr(agent, name))
 
     def forward(self, method: Callable, *inputs):
-        return method(self, *inputs)
+        return method(*inputs)
 
 
 def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> DiffusionQL:
@@ -175,7 +174,7 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
         raise ValueError("replicas must have made the same number of updates")
     K, one = len(agents), agents[0]
     many = copy.copy(one)
-    for name in ("critic_gradient", "policy_gradient"):  # if compiled, they are bound to that one agent
+    for name in ("critic_gradient", "policy_gradient", "act"):  # if compiled, they are bound to that one agent
         vars(many).pop(name, None)
     for name in NETWORKS:
         network = copy.deepcopy(getattr(one, name))
@@ -188,11 +187,12 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
     many.eta = torch.tensor(etas, device=one.device, dtype=torch.get_default_dtype())
     many.load_state_dict(stack([agent.state_dict() for agent in agents]))
 
-    networks = Networks(many)
+    networks, replica = Networks(many), copy.copy(many)
+    del replica.eta  # that of all replicas: where one is computed, nothing may read it
     parameters = dict(networks.named_parameters())
 
     def each(method: Callable) -> Callable:
-        """A method of a single agent, mapped over the replicas."""
+        """A method of a single replica, mapped over all."""
 
         def of_one(own: dict[str, Tensor], *inputs):
             return functional_call(networks, own, (method, *inputs))
@@ -202,8 +202,8 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
     def draw_act(num_states: int, generators: list[torch.Generator]) -> ActDraws:
         return ActDraws(*map(torch.stack, zip(*(one.draw_act(num_states // K, g) for g in generators), strict=True)))
 
-    act = each(DiffusionQL.act)
-    many.critic_loss, many.policy_losses = each(DiffusionQL.critic_loss), each(DiffusionQL.policy_losses)
+    act = each(replica.act)
+    many.critic_loss, many.policy_losses = each(replica.critic_loss), each(replica.policy_losses)
     many.act = lambda states, draws: act(states.unflatten(0, (K, -1)), draws).flatten(0, 1)
     many.clip = torch.vmap(one.clip)
     many.draw_index = lambda rows, generators: torch.stack([one.draw_index(rows, g) for g in generators])
@@ -297,7 +297,7 @@ def capture(step: Callable[[], None], generators: list[torch.Generator], device:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
-            graph.register_generator_state(generator)  # or every replay would draw the same numbers
+            graph.register_generator_state(generator)  # its position must be on the device, to move at each replay
         gc.collect()  # an older, unreferenced graph must not be destroyed while this one is captured
         with torch.cuda.graph(graph, stream=stream):
             step()

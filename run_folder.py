@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from dql import Args, DiffusionQL
 
 Plain = str | int | float | None
-NETWORKS = ("policy", "policy_ema", "critic", "critic_target")
+NETWORKS = ("policy", "policy_ema", "critic", "critic_target")  # of a DiffusionQL
+# in the order of dql.Losses
 LOSS_NAMES = ("critic_loss", "bc_loss", "q_loss", "policy_loss", "target_q", "critic_grad_norm", "policy_grad_norm")
 METRICS = ("step", *LOSS_NAMES, "score", "score_std", "updates_per_second", "seconds")
 
@@ -232,7 +233,7 @@ def check_same_run(checkpoint: dict, folder: Path, args: Args, device: torch.dev
     if checkpoint["device"] != device.type:
         raise BadInput(f"{folder} ran on {checkpoint['device']}, and resumes exactly only there: see --device")
     then, now = checkpoint["args"], as_json(args)
-    differ = [name for name in now if name not in FREE and then.get(name, now) != now[name]]
+    differ = [name for name in now if name not in FREE and then.get(name, now[name]) != now[name]]
     if may_grow(then.get("num_updates"), args.num_updates, args.lr_decay):
         differ.remove("num_updates")
     if differ:
@@ -658,7 +659,8 @@ def report(summary: dict) -> str:
     lines = [f"{summary['env_id']}, seed {summary['seed']}{last}, {summary['num_updates']} updates, normalized score:"]
     for name in ("last", "best", "offline"):
         it = summary[name]
-        of = f"{seeds} seeds" if seeds > 1 else f"{it['episodes']} episodes, update {it['step']}"
+        episodes = f"{it['episodes']} episode{'s' * (it['episodes'] > 1)}"
+        of = f"{seeds} seeds" if seeds > 1 else f"{episodes}, update {it['step']}"
         lines.append(f"  {name:8} {it['score']:6.1f} ± {it['std']:.1f} ({of})")
     if summary["paper"]:
         mean, std = summary["paper"]

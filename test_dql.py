@@ -900,6 +900,7 @@ def test_load_policy(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     assert not np.array_equal(average(states), online(states))
     assert not np.array_equal(online(states), dql.load_policy(folder, device="cpu")(states))
+    assert policy(np.zeros((0, 11))).shape == (0, 3)
     for wrong in (np.zeros(22), np.zeros((11, 2)), 0.0):  # 22 numbers could pass for two states
         with pytest.raises(ValueError, match="have 11 numbers each"):
             policy(wrong)
@@ -1204,6 +1205,21 @@ def test_replicas_that_do_not_fit_are_refused():
     older.step += 1
     with pytest.raises(ValueError, match="same number of updates"):
         replicate([tiny_agent(), older])
+
+
+def test_replicas_of_a_subclass_have_its_losses():
+    class Tenfold(DiffusionQL):
+        def policy_losses(self, batch, draws):
+            bc, q = super().policy_losses(batch, draws)
+            return 10 * bc, q
+
+    agents = [Tenfold(3, 2, agent.args) for agent in three_agents()]
+    batches = [random_batch(agent) for agent in agents]
+    draws = [agent.draw(torch.Generator().manual_seed(k)) for k, agent in enumerate(agents)]
+    many = replicate(agents)
+    together = many.update(*(type(parts[0])(*map(torch.stack, zip(*parts, strict=True))) for parts in (batches, draws)))
+    alone = [agent.update(batch, of_agent).bc for agent, batch, of_agent in zip(agents, batches, draws, strict=True)]
+    torch.testing.assert_close(together.bc, torch.stack(alone))
 
 
 @pytest.mark.parametrize("several", [False, True])
