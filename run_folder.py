@@ -659,8 +659,9 @@ def report(summary: dict) -> str:
     lines = [f"{summary['env_id']}, seed {summary['seed']}{last}, {summary['num_updates']} updates, normalized score:"]
     for name in ("last", "best", "offline"):
         it = summary[name]
-        episodes = f"{it['episodes']} episode{'s' * (it['episodes'] > 1)}"
-        of = f"{seeds} seeds" if seeds > 1 else f"{episodes}, update {it['step']}"
+        of = f"{seeds} seeds"
+        if seeds == 1:
+            of = f"{it['episodes']} episode{'s' * (it['episodes'] > 1)}, update {it['step']}"
         lines.append(f"  {name:8} {it['score']:6.1f} ± {it['std']:.1f} ({of})")
     if summary["paper"]:
         mean, std = summary["paper"]
