@@ -604,8 +604,8 @@ def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -
     names = ("observations", "actions", "rewards", "next_observations", "terminals")
     batch = Batch(*(torch.as_tensor(data[name], dtype=torch.get_default_dtype()).to(device) for name in names))
     if reward == "standardize":
-        if not batch.reward.std() > 0:
-            raise BadInput("--reward standardize needs rewards that differ: these are all the same")
+        if len(batch.reward) < 2 or not batch.reward.std() > 0:
+            raise BadInput("--reward standardize needs several rewards that differ: these are all the same")
         return batch._replace(reward=(batch.reward - batch.reward.mean()) / batch.reward.std())
     if reward == "antmaze":
         return batch._replace(reward=4 * (batch.reward - 0.5))

@@ -473,6 +473,18 @@ def test_a_run_writes_its_folder(tmp_path):
 
 
 @run_wanted
+def test_the_report_of_several_seeds(tmp_path, monkeypatch, capsys):
+    data = random_file(tmp_path / "data.hdf5", "hopper-medium-v2")
+    monkeypatch.setattr(sys, "argv", [
+        "dql.py", "--env-id", "hopper-medium-v2", "--dataset-path", str(data), "--runs-dir", str(tmp_path), "--device",
+        "cpu", "--num-seeds", "2", "--num-updates", "4", "--batch-size", "8", "--eval-episodes", "1",
+    ])  # fmt: skip
+    dql.main()
+    out = capsys.readouterr().out
+    assert "seed 0-1, 4 updates" in out and re.search(r"last +-?\d+\.\d ± \d+\.\d \(2 seeds\)", out), out
+
+
+@run_wanted
 @pytest.mark.parametrize("env_id", dql.SETTINGS)
 def test_every_task_runs_end_to_end(env_id, tmp_path, monkeypatch, capsys):
     """The command line on a tiny file: the task's settings, whole episodes, and a printed score for the last update."""
@@ -928,6 +940,9 @@ def test_reward_transforms():
     np.testing.assert_allclose(dql.make_batch(data, "antmaze", cpu).reward, [-2, 2, 2, 14])
     standard = (data["rewards"] - 1.5) / np.std(data["rewards"], ddof=1)
     np.testing.assert_allclose(dql.make_batch(data, "standardize", cpu).reward, standard, rtol=1e-6)
+    for rewards in ([1.0], [1.0, 1.0]):
+        with pytest.raises(BadInput, match="needs several rewards that differ"):
+            dql.make_batch(data | {"rewards": np.array(rewards)}, "standardize", cpu)
 
 
 def test_settings_are_the_papers():
