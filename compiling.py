@@ -6,8 +6,8 @@ text of dql.py stay as they are. First, a product with a bias copies the bias in
 kernel that reads the result adds it. Second, MKL uses only AVX2 on AMD's processors. Where these have AVX-512 in full
 width (from Zen 5 on), all but thin float32 products go to oneDNN, which is part of PyTorch, uses AVX-512, and takes
 half the time for a layer of 256 x 256. Zen 4 executes AVX-512 in halves and gains nothing by it; on Intel's processors
-MKL uses AVX-512 too, and is faster. The choice depends on the processor, never on a measurement, nor do Inductor's
-choices that change results: a resumed run has the same bits.
+MKL uses AVX-512 too, and is faster. Neither this choice, which depends on the processor, nor one of Inductor's that
+changes results depends on a measurement: a resumed run has the same bits.
 """
 
 import copy

@@ -932,6 +932,7 @@ def test_offline_selection_takes_the_ranked_evaluation():
         assert chosen["offline"]["score"] == want and chosen["best"]["score"] == chosen["last"]["score"] == 3.0
 
 
+@pytest.mark.filterwarnings("error")
 def test_reward_transforms():
     data = {"observations": np.zeros((4, 2)), "actions": np.zeros((4, 1)), "next_observations": np.zeros((4, 2)),
             "rewards": np.array([0.0, 1.0, 1.0, 4.0]), "terminals": np.zeros(4, bool)}  # fmt: skip
