@@ -361,15 +361,38 @@ def test_learning_rate_decay():
     np.testing.assert_allclose(rates, np.outer(want, [1e-3, 3e-4]), rtol=1e-6)
 
 
-def test_draws_are_fresh_normal_and_uniform():
-    agent = tiny_agent(batch_size=2000)
-    generator = torch.Generator().manual_seed(0)
+def distance(sample: torch.Tensor, cdf: Callable) -> float:
+    """sqrt(n) times the Kolmogorov-Smirnov distance of n numbers from a distribution: above 2 in one of 1,500 samples."""
+    x = sample.flatten().double().sort().values
+    below = torch.arange(len(x)) / len(x)
+    return (torch.maximum(cdf(x) - below, below + 1 / len(x) - cdf(x)).max() * math.sqrt(len(x))).item()
+
+
+def far_from_uniform(sample: torch.Tensor, values: int) -> float:
+    """The largest deviation of a value's count from n / values, in standard errors."""
+    want = sample.numel() / values
+    counts = torch.bincount(sample.flatten(), minlength=values)
+    assert len(counts) == values
+    return ((counts - want).abs().max() / math.sqrt(want)).item()
+
+
+def test_every_draw_has_its_distribution():
+    """Noise is normal, the coin uniform on [0, 1), steps uniform over all N, rows over the whole data set, and acting's
+    second draw is Gumbel's; every draw is fresh."""
+    agent, generator = tiny_agent(batch_size=2000), torch.Generator().manual_seed(0)
     first, second = agent.draw(generator), agent.draw(generator)
     for a, b in zip(first, second, strict=True):
         assert not torch.equal(a, b)
-    for noise in (first.next_noise, first.bc_noise, first.policy_noise):
-        assert abs(noise.mean()) < 0.06 and abs(noise.var() - 1) < 0.1
-    assert torch.bincount(first.bc_step, minlength=5).min() > 300 and first.bc_step.max() == 4
+    normal = torch.distributions.Normal(0.0, 1.0).cdf
+    for noise in (first.next_noise, first.bc_noise, first.policy_noise, agent.draw_act(20, generator).noise):
+        assert distance(noise, normal) < 2
+    assert distance(agent.draw_act(100, generator).gumbel, lambda x: torch.exp(-torch.exp(-x))) < 2
+    assert far_from_uniform(first.bc_step, 5) < 4
+    rows = torch.cat([agent.draw_index(50, generator) for _ in range(5)])
+    assert far_from_uniform(rows, 50) < 4
+    small = tiny_agent(batch_size=1)
+    coins = torch.stack([small.draw(generator).coin for _ in range(1000)])
+    assert distance(coins, lambda x: x.clamp(0, 1)) < 2
 
 
 # ----------------------------------------------------------------- acting
@@ -418,6 +441,39 @@ def test_bandit_finds_the_best_corner():
     actions = agent.act(torch.zeros(400, 1), agent.draw_act(400, generator))
     near = torch.cdist(actions, torch.as_tensor(centers, dtype=torch.float32)) < 0.3
     assert near[:, 3].float().mean() > 0.8, near.float().mean(0)
+
+
+# ----------------------------------------------------------------- evaluation
+
+
+class Scripted:
+    """An environment whose episode lasts seed steps; its t-th step pays the action's first number plus t, steps after
+    the end pay 1,000. A state is (seed, t)."""
+
+    def reset(self, seed: int) -> tuple[np.ndarray, dict]:
+        self.seed, self.t = seed, 0
+        return np.array([seed, 0.0]), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.t += 1
+        ended, even = self.t == self.seed, self.seed % 2 == 0
+        reward = action[0] + self.t if self.t <= self.seed else 1000.0
+        return np.array([self.seed, self.t]), reward, ended and even, ended and not even, {}
+
+
+def test_evaluation_sums_the_rewards_of_each_episode():
+    """Episodes of 3, 1, 4 and 2 steps, terminated or truncated; actions are ten times the state's seed."""
+    shapes = []
+
+    def act(states: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(states.shape))
+        assert (states[:, 1] <= states[:, 0]).all()
+        return 10 * states[:, :1]
+
+    seeds = [3, 1, 4, 2]
+    returns = dql.evaluate(act, [Scripted() for _ in seeds], seeds, torch.device("cpu"))
+    assert returns.tolist() == [10 * n * n + n * (n + 1) / 2 for n in seeds]
+    assert shapes == 4 * [(4, 2)], "one call a time step, always of the same shape"
 
 
 # ----------------------------------------------------------------- the run
@@ -523,6 +579,19 @@ def test_same_seed_same_metrics_and_other_seed_other(tmp_path):
     runs = [metrics(Path(dql.train(tiny_args(tmp_path, seed=seed))["folder"])) for seed in (3, 3, 4)]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
+
+
+@run_wanted
+def test_episode_k_is_reset_with_seed_plus_100_plus_k(tmp_path, monkeypatch):
+    seeds, evaluate = [], dql.evaluate
+
+    def watched(act, envs, env_seeds, *rest):
+        seeds.append(list(env_seeds))
+        return evaluate(act, envs, env_seeds, *rest)
+
+    monkeypatch.setattr(dql, "evaluate", watched)
+    dql.train(tiny_args(tmp_path, seed=7, num_seeds=2, num_updates=24))
+    assert seeds == 2 * [[107, 108, 109, 108, 109, 110]]
 
 
 def on_call(count: int, function, do):
