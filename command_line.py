@@ -7,7 +7,6 @@ says how to fix it.
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import re
@@ -27,10 +26,8 @@ if TYPE_CHECKING:
 FREE = ("resume", "runs_dir", "device", "track", "capture_video", "compile", "cudagraphs")  # may change on resuming
 
 
-def parse(argv: list[str]) -> Args:
+def parse(kind: type, argv: list[str]) -> Args:
     """The command line of dql.py. Raises BadInput."""
-    from dql import Args  # not above: that file imports this one
-
     words = []  # tyro wants a value for what may be None: --compile becomes --compile True, --no-compile False
     for word, after in pairwise([*argv, "--"]):
         flag = word.replace("--no-", "--", 1)
@@ -38,7 +35,7 @@ def parse(argv: list[str]) -> Args:
             words += [flag, str(flag == word)]
         else:
             words.append(word)
-    return parsed(Args, words, "dql.py")
+    return parsed(kind, words, "dql.py")
 
 
 def parsed(kind: type, words: list[str], script: str, **options):
@@ -97,19 +94,6 @@ def absolute(path: Path) -> Path:
 # ----------------------------------------------------------------------------- args.json
 
 
-def read_args(folder: Path) -> Args:
-    """The arguments of the run in a folder. Raises BadInput."""
-    from dql import Args, with_settings
-
-    try:
-        if not (folder / "args.json").is_file():  # a pipe would be waited for
-            raise OSError("it has no file args.json" if folder.exists() else "it does not exist")
-        saved = json.loads((folder / "args.json").read_text())
-        return with_settings(Args(**saved))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BadInput(f"{folder} is not the folder of a run: {error}") from None
-
-
 def fits(value: object, kind: object) -> bool:
     """Whether a value is of a field's type: a class, a Literal, or a union."""
     if get_args(kind):
@@ -121,10 +105,10 @@ def fits(value: object, kind: object) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def resumed_args(given: Args) -> Args:
+def resumed_args(given: Args, saved: Args) -> Args:
     """The arguments of the run to resume, perhaps with more updates. Raises BadInput if one outside FREE differs."""
     given = typed(given)
-    saved, group = read_args(given.resume), given.resume.resolve().parent
+    group = given.resume.resolve().parent
     if given.resume.resolve().name.startswith("seed-") and (group / "args.json").exists():
         raise BadInput(f"{given.resume} is a part of the run {group}: resume that, or a copy of the part elsewhere")
     refuse_others(given, saved, [f.name for f in fields(given) if getattr(given, f.name) != f.default])
@@ -135,13 +119,11 @@ def resumed_args(given: Args) -> Args:
     return args
 
 
-def refuse_given(args: Args, argv: list[str]) -> None:
+def refuse_given(args: Args, saved: Args, argv: list[str]) -> None:
     """Raises BadInput if a flag outside FREE was given, even with its default value, and the run to resume differs."""
-    if not args.resume:
-        return
     words = [word.split("=")[0] for word in argv if word.startswith("--")]
     flags = {re.sub("^--(no-)?", "", word).replace("-", "_") for word in words}
-    refuse_others(args, read_args(args.resume), [f.name for f in fields(args) if f.name in flags])
+    refuse_others(args, saved, [f.name for f in fields(args) if f.name in flags])
 
 
 def refuse_others(given: Args, saved: Args, names: list[str]) -> None:

@@ -14,6 +14,8 @@ those of dql.py over a leading axis of replicas, and the graphs record dql.py's 
 hold every path equal to the eager one.
 """
 
+from __future__ import annotations
+
 import copy
 import ctypes
 import gc
@@ -28,15 +30,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import dql
 from d4rl_tasks import BadInput
-from dql import ActDraws, Args, Batch, DiffusionQL, Draws
 from run_folder import NETWORKS
+
+if TYPE_CHECKING:
+    from dql import Args, Batch, DiffusionQL
 
 WARM_UPS = 3  # lets libraries make their workspaces and torch.compile its kernels before a capture
 
@@ -91,13 +95,13 @@ def make_steps(
 
     def updates(n: int) -> Tensor:
         turns = zip(agents, generators, strict=True)
-        sums = [sum(dql.train_step(agent, dataset, g) for _ in range(n)) for agent, g in turns]
+        sums = [sum(agent.train_step(dataset, g) for _ in range(n)) for agent, g in turns]
         return torch.cat([torch.atleast_2d(of_agent) for of_agent in sums])
 
     def act(states: Tensor) -> Tensor:
         turns = zip(agents, states.chunk(len(agents)), eval_generators, strict=True)
         # a copy, for the bits of a product can depend on how its memory is aligned
-        return torch.cat([dql.act_fresh(agent, own.clone(), g) for agent, own, g in turns])
+        return torch.cat([agent.act_fresh(own.clone(), g) for agent, own, g in turns])
 
     return agents, updates, act
 
@@ -182,7 +186,7 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
             p.data = p.data.new_empty(K, *p.shape)
         setattr(many, name, network)
     many.policy_opt = one.adam(many.policy, one.args.learning_rate)
-    many.critic_opt = one.adam(many.critic, dql.CRITIC_LEARNING_RATE)
+    many.critic_opt = one.adam(many.critic, one.critic_learning_rate)
     many.step = one.step.clone()
     many.eta = torch.tensor(etas, device=one.device, dtype=torch.get_default_dtype())
     many.load_state_dict(stack([agent.state_dict() for agent in agents]))
@@ -199,16 +203,16 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
 
         return lambda *inputs: torch.vmap(of_one)(parameters, *inputs)
 
-    def draw_act(num_states: int, generators: list[torch.Generator]) -> ActDraws:
-        return ActDraws(*map(torch.stack, zip(*(one.draw_act(num_states // K, g) for g in generators), strict=True)))
+    def stacked(draws: list):
+        return type(draws[0])(*map(torch.stack, zip(*draws, strict=True)))
 
     act = each(replica.act)
     many.critic_loss, many.policy_losses = each(replica.critic_loss), each(replica.policy_losses)
     many.act = lambda states, draws: act(states.unflatten(0, (K, -1)), draws).flatten(0, 1)
     many.clip = torch.vmap(one.clip)
     many.draw_index = lambda rows, generators: torch.stack([one.draw_index(rows, g) for g in generators])
-    many.draw = lambda generators: Draws(*map(torch.stack, zip(*map(one.draw, generators), strict=True)))
-    many.draw_act = draw_act
+    many.draw = lambda generators: stacked([one.draw(g) for g in generators])
+    many.draw_act = lambda states, generators: stacked([one.draw_act(states // K, g) for g in generators])
     if compile:
         many.compile()
     return many
@@ -238,7 +242,7 @@ class FastUpdate:
 
     def __init__(self, agent: DiffusionQL, dataset: Batch, generator: torch.Generator | list[torch.Generator]):
         def step() -> None:
-            losses = dql.train_step(agent, dataset, generator)
+            losses = agent.train_step(dataset, generator)
             self.sums = losses.clone() if self.sums is None else self.sums.add_(losses)
 
         self.sums: Tensor | None = None
@@ -263,7 +267,7 @@ class FastSampler:
 
     def __init__(self, agent: DiffusionQL, num_states: int, generator: torch.Generator | list[torch.Generator]):
         def step() -> None:
-            self.actions = dql.act_fresh(agent, self.states, generator)
+            self.actions = agent.act_fresh(self.states, generator)
 
         self.step = step  # keeps the agent alive: a graph does not hold tensors that were made outside it
         generators = generator if isinstance(generator, list) else [generator]

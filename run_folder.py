@@ -38,7 +38,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from command_line import FREE, may_grow, read_args
+from command_line import FREE, may_grow
 from d4rl_tasks import BadInput, reason
 
 if TYPE_CHECKING:
@@ -166,12 +166,18 @@ def write_args(folder: Path, args: Args) -> None:
     write_whole(folder / "args.json", lambda path: path.write_text(json.dumps(as_json(args), indent=2)))
 
 
+def saved_args(folder: Path) -> dict:
+    """What args.json of the run in a folder holds."""
+    if not (folder / "args.json").is_file():  # a pipe would be waited for
+        raise OSError("it has no file args.json" if folder.exists() else "it does not exist")
+    return json.loads((folder / "args.json").read_text())
+
+
 def note_length(args: Args) -> None:
     """Writes a resumed run's number of updates into the folders of its seeds, and then into its own."""
     for folder in (*seed_folders(args, args.resume), args.resume):
-        saved = read_args(folder)
-        if saved.num_updates != args.num_updates:
-            write_args(folder, replace(saved, num_updates=args.num_updates))
+        saved = saved_args(folder) | {"num_updates": args.num_updates}
+        write_whole(folder / "args.json", lambda path, saved=saved: path.write_text(json.dumps(saved, indent=2)))
 
 
 @contextmanager

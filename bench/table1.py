@@ -425,7 +425,7 @@ def train(args: Args, wanted: dict[str, dict], words: list[str]) -> int:
 def run(argv: list[str]) -> int:
     """Does what the command line asks for; returns the exit code. Raises BadInput."""
     args, words = parse(argv)
-    given = command_line.parse(words)
+    given = command_line.parse(dql.Args, words)
     if taken := [name for name in OWN if getattr(given, name) != getattr(dql.Args(), name)]:
         raise BadInput(f"--{taken[0].replace('_', '-')} is not passed on: each job has its own (see --help)")
     wanted = {env_id: settings_of(env_id, given) for env_id in choose_tasks(args.tasks)}

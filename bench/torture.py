@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import dql
 import fast_sampler
-from command_line import parsed, read_args
+from command_line import parsed
 from d4rl_tasks import TASKS, BadInput
 from run_folder import Progress, check_health, held_signals, log, save, seed_folders, versions, write_whole
 
@@ -97,7 +97,7 @@ def newest(args: dql.Args) -> Path | None:
 
 def ends_alike(a: Path, b: Path) -> bool:
     """Whether two runs have the same bits in weights, optimizers, generators, metrics (times aside) and scores."""
-    args = read_args(a)
+    args = dql.read_args(a)
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b)]
     alike = all(same(states[0][part], states[1][part]) for part in ("agents", "generators"))
     for x, y in zip(seed_folders(args, a), seed_folders(args, b), strict=True):
