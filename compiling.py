@@ -11,14 +11,17 @@ changes results depends on a measurement: a resumed run has the same bits.
 """
 
 import copy
+import os
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from run_folder import instructions, processor_vendor
+from housekeeping.machine import instructions, processor_vendor
 
 torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad may be called in what is compiled
 warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # torch suggests them; float32 is meant
@@ -27,7 +30,20 @@ THIN = 32  # a product with a smaller dimension gains nothing: measured with bat
 
 def compiled(function: Callable, device: torch.device) -> Callable:
     """Compiles function whole, with the gradients that it takes, for the shapes it is called with."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", private_folder())
     return torch.compile(function, fullgraph=True, dynamic=False, options=inductor_options(device))
+
+
+def private_folder() -> str:
+    """A folder for compiled code, which is run when it is found: not in /tmp, where another user can have made it."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion-ql"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+            raise PermissionError
+        return str(folder)
+    except OSError:
+        return tempfile.mkdtemp()
 
 
 def inductor_options(device: torch.device) -> dict:

@@ -811,3 +811,8 @@ class Classic:
 
     def close(self) -> None:
         self.classic.close()
+
+
+def step_each(envs: list, actions: list) -> list[tuple]:
+    """What each environment's step returns, in order."""
+    return [env.step(action) for env, action in zip(envs, actions, strict=True)]

@@ -37,28 +37,31 @@ the default is what the official code effectively does (except 2, 11 and 12), si
 """
 
 import copy
-import importlib.util
 import math
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+if __name__ == "__main__":  # before anything slow: a signal while modules load ends the program with one line
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # python -I leaves it out
+    from housekeeping import ending
+
+    ending.begin("dql.py")
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import command_line
-import run_folder
-from d4rl_tasks import TASKS, BadInput, load_dataset, make_envs, normalized_score, reason, rendering_env, task_of
-from run_folder import Diverged, Progress, Stopped
+import fast_sampler
+from d4rl_tasks import TASKS, BadInput, load_dataset, make_envs, normalized_score, rendering_env, step_each, task_of
+from housekeeping import arguments, checkpoint, machine, report
+from housekeeping.acting import as_policy, film
+from housekeeping.ending import run_main
+from housekeeping.run import Run
 
 
 @dataclass
@@ -188,24 +191,14 @@ SETTINGS = {
 
 def with_settings(args: Args) -> Args:
     """Fills in every None that the task's settings answer. Raises BadInput if a value makes no sense."""
-    args = command_line.typed(args)
+    args = arguments.typed(args)
     task_of(args.env_id)
-    if args.dataset_path:
-        args = replace(args, dataset_path=command_line.absolute(args.dataset_path))
     settings = SETTINGS[args.env_id]._asdict()
     args = replace(args, **{k: v for k, v in settings.items() if k != "paper" and getattr(args, k) is None})
     if args.eval_candidates is None:
         args = replace(args, eval_candidates=50 if args.eta > 0 else 1)
-    command_line.check_ranges(args)
+    arguments.check_ranges(args)
     return args
-
-
-def read_args(folder: Path) -> Args:
-    """The arguments of the run in a folder. Raises BadInput."""
-    try:
-        return with_settings(Args(**run_folder.saved_args(folder)))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BadInput(f"{folder} is not the folder of a run: {error}") from None
 
 
 # ----------------------------------------------------------------------------- diffusion policy
@@ -354,8 +347,9 @@ class Losses(NamedTuple):
     policy_grad_norm: Tensor
 
 
+NETWORKS = ("policy", "policy_ema", "critic", "critic_target")
+LOSSES = tuple(name if "_" in name else f"{name}_loss" for name in Losses._fields)  # the columns of metrics.csv
 BACKUP_ACTIONS = 10
-AGENT_PARTS = (*run_folder.NETWORKS, "policy_opt", "critic_opt")
 
 
 class DiffusionQL:
@@ -365,7 +359,7 @@ class DiffusionQL:
 
     def __init__(self, state_dim: int, action_dim: int, args: Args):
         self.args = args = with_settings(args)
-        self.device = choose_device(args.device)
+        self.device = machine.choose_device(args.device)
         self.state_dim, self.action_dim = state_dim, action_dim
         self.policy = DiffusionPolicy(state_dim, action_dim, 1.0, args.num_steps, args.schedule).to(self.device)
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
@@ -376,69 +370,12 @@ class DiffusionQL:
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
         self.has_critics = args.eta > 0  # behaviour cloning has none
         self.eta = torch.tensor(args.eta, dtype=torch.get_default_dtype(), device=self.device)
-        if args.compile:
-            self.compile()
 
-    def compile(self) -> None:
-        """Compiles each network's loss together with its gradient, and acting."""
-        from compiling import compiled
-
-        self.critic_gradient = compiled(self.critic_gradient, self.device)
-        self.policy_gradient = compiled(self.policy_gradient, self.device)
-        self.act = compiled(self.act, self.device)
-
-    def adam(self, network: nn.Module, learning_rate: float) -> torch.optim.Adam:
-        """Adam with its learning rate in a device tensor: it can change without waiting for the device."""
-        on_gpu = self.device.type == "cuda"  # its kernel reads a float32 rate
-        lr = torch.tensor(learning_rate, dtype=torch.float32 if on_gpu else torch.float64, device=self.device)
-        adam = torch.optim.Adam(network.parameters(), lr=lr, fused=True, capturable=on_gpu)
-        adam._warned_capturable_if_run_uncaptured = True  # torch would advise against capturable in an eager step
-        for p in network.parameters():  # as Adam's first step does; now, so that a checkpoint can be loaded into it
-            step = torch.zeros((), dtype=torch.float32, device=p.device)
-            adam.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        return adam
-
-    def draw_index(self, rows: int, generator: torch.Generator) -> Tensor:
-        """The rows of a batch, (B,)."""
-        return torch.randint(rows, (self.args.batch_size,), generator=generator, device=self.device)
-
-    def draw(self, generator: torch.Generator) -> Draws:
-        """The random numbers of one update, from a generator on the agent's device."""
-        args, on = self.args, {"generator": generator, "device": self.device}
-        shape = (args.batch_size, self.action_dim)
-        rows = args.batch_size * (BACKUP_ACTIONS if args.max_q_backup else 1)
-        return Draws(
-            next_noise=torch.randn(args.num_steps + 1, rows, self.action_dim, **on),
-            bc_step=torch.randint(args.num_steps, shape[:1], **on),
-            bc_noise=torch.randn(shape, **on),
-            policy_noise=torch.randn(args.num_steps + 1, *shape, **on),
-            coin=torch.rand((), **on),
-        )
-
-    def critic_loss(self, batch: Batch, next_noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 4 and the mean of its target, each (). The averaged policy turns next_noise into the target's actions."""
-        with torch.no_grad():
-            copies = len(next_noise[0]) // len(batch.state)
-            next_action = self.policy_ema.sample(batch.next_state, next_noise)
-            qs = self.critic_target(batch.next_state.repeat_interleave(copies, 0), next_action)
-            q1, q2 = (q.view(-1, copies).amax(1) for q in qs)
-            target = batch.reward + (1 - batch.done) * self.args.gamma * torch.min(q1, q2)
-        q1, q2 = self.critic(batch.state, batch.action)
-        return F.mse_loss(q1, target) + F.mse_loss(q2, target), target.mean()
-
-    def policy_losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """L_d (Eq. 2) and L_q (Eq. 3; 0 without critics), each ().
-
-        L_q = -mean(Q_i) / mean(|Q_j|) at the policy's own actions; the coin decides which critic is i.
-        """
-        bc = self.policy.bc_loss(batch.action, batch.state, draws.bc_step, draws.bc_noise)
-        if not self.has_critics:
-            return bc, torch.zeros_like(bc)
-        action = self.policy.sample(batch.state, draws.policy_noise)
-        q1, q2 = self.critic(batch.state, action)
-        q1_is_maximised = draws.coin > 0.5
-        q, other_q = torch.where(q1_is_maximised, q1, q2), torch.where(q1_is_maximised, q2, q1)
-        return bc, -q.mean() / other_q.detach().abs().mean()
+    def train_step(self, dataset: Batch, generator: torch.Generator) -> Tensor:
+        """One iteration of Algorithm 1 on a random batch; its losses (7,), or (K, 7) for K replicas."""
+        index = self.draw_index(len(dataset.state), generator)
+        batch = Batch(*(x[index] for x in dataset))
+        return torch.stack(self.update(batch, self.draw(generator)), -1)
 
     def update(self, batch: Batch, draws: Draws) -> Losses:
         """One iteration of Algorithm 1. Never waits for the device."""
@@ -479,6 +416,31 @@ class DiffusionQL:
         scale = ((self.args.grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1)
         return [grad * scale for grad in grads], norm
 
+    def critic_loss(self, batch: Batch, next_noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 4 and the mean of its target, each (). The averaged policy turns next_noise into the target's actions."""
+        with torch.no_grad():
+            copies = len(next_noise[0]) // len(batch.state)
+            next_action = self.policy_ema.sample(batch.next_state, next_noise)
+            qs = self.critic_target(batch.next_state.repeat_interleave(copies, 0), next_action)
+            q1, q2 = (q.view(-1, copies).amax(1) for q in qs)
+            target = batch.reward + (1 - batch.done) * self.args.gamma * torch.min(q1, q2)
+        q1, q2 = self.critic(batch.state, batch.action)
+        return F.mse_loss(q1, target) + F.mse_loss(q2, target), target.mean()
+
+    def policy_losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """L_d (Eq. 2) and L_q (Eq. 3; 0 without critics), each ().
+
+        L_q = -mean(Q_i) / mean(|Q_j|) at the policy's own actions; the coin decides which critic is i.
+        """
+        bc = self.policy.bc_loss(batch.action, batch.state, draws.bc_step, draws.bc_noise)
+        if not self.has_critics:
+            return bc, torch.zeros_like(bc)
+        action = self.policy.sample(batch.state, draws.policy_noise)
+        q1, q2 = self.critic(batch.state, action)
+        q1_is_maximised = draws.coin > 0.5
+        q, other_q = torch.where(q1_is_maximised, q1, q2), torch.where(q1_is_maximised, q2, q1)
+        return bc, -q.mean() / other_q.detach().abs().mean()
+
     @torch.no_grad()
     def move_averages(self) -> None:
         """Moves the critics' targets and, each --average-every updates from --average-from on, the policy's average."""
@@ -495,12 +457,22 @@ class DiffusionQL:
         self.policy_opt.param_groups[0]["lr"].copy_(self.args.learning_rate * scale)
         self.critic_opt.param_groups[0]["lr"].copy_(self.critic_learning_rate * scale)
 
-    def draw_act(self, num_states: int, generator: torch.Generator) -> ActDraws:
-        """The random numbers of acting in num_states states, from a generator on the agent's device."""
-        candidates, on = self.args.eval_candidates, {"generator": generator, "device": self.device}
-        noise = torch.randn(self.args.num_steps + 1, num_states * candidates, self.action_dim, **on)
-        exponential = torch.empty(num_states, candidates, device=self.device).exponential_(generator=generator)
-        return ActDraws(noise, -exponential.log())
+    def draw_index(self, rows: int, generator: torch.Generator) -> Tensor:
+        """The rows of a batch, (B,)."""
+        return torch.randint(rows, (self.args.batch_size,), generator=generator, device=self.device)
+
+    def draw(self, generator: torch.Generator) -> Draws:
+        """The random numbers of one update, from a generator on the agent's device."""
+        args, on = self.args, {"generator": generator, "device": self.device}
+        shape = (args.batch_size, self.action_dim)
+        rows = args.batch_size * (BACKUP_ACTIONS if args.max_q_backup else 1)
+        return Draws(
+            next_noise=torch.randn(args.num_steps + 1, rows, self.action_dim, **on),
+            bc_step=torch.randint(args.num_steps, shape[:1], **on),
+            bc_noise=torch.randn(shape, **on),
+            policy_noise=torch.randn(args.num_steps + 1, *shape, **on),
+            coin=torch.rand((), **on),
+        )
 
     @torch.no_grad()
     def act(self, state: Tensor, draws: ActDraws) -> Tensor:
@@ -516,23 +488,45 @@ class DiffusionQL:
         action = action.view(num_states, candidates, action.shape[-1])
         return action[torch.arange(num_states, device=self.device), chosen]
 
-    def train_step(self, dataset: Batch, generator: torch.Generator) -> Tensor:
-        """One iteration of Algorithm 1 on a random batch; its losses (7,), or (K, 7) for K replicas."""
-        index = self.draw_index(len(dataset.state), generator)
-        return torch.stack(self.update(Batch(*(x[index] for x in dataset)), self.draw(generator)), -1)
+    def draw_act(self, num_states: int, generator: torch.Generator) -> ActDraws:
+        """The random numbers of acting in num_states states, from a generator on the agent's device."""
+        candidates, on = self.args.eval_candidates, {"generator": generator, "device": self.device}
+        noise = torch.randn(self.args.num_steps + 1, num_states * candidates, self.action_dim, **on)
+        exponential = torch.empty(num_states, candidates, device=self.device).exponential_(generator=generator)
+        return ActDraws(noise, -exponential.log())
 
     def act_fresh(self, states: Tensor, generator: torch.Generator) -> Tensor:
-        """Actions (E, A) for states (E, S), with fresh noise; for K replicas (K E, A) and (K E, S), replica by replica."""
+        """Actions (E, A) for states (E, S), with fresh noise; for K replicas (K E, A) and (K E, S)."""
         return self.act(states, self.draw_act(len(states), generator))
+
+    def adam(self, network: nn.Module, learning_rate: float) -> torch.optim.Adam:
+        """Adam with its learning rate in a device tensor: it can change without waiting for the device."""
+        on_gpu = self.device.type == "cuda"  # its kernel reads a float32 rate
+        lr = torch.tensor(learning_rate, dtype=torch.float32 if on_gpu else torch.float64, device=self.device)
+        adam = torch.optim.Adam(network.parameters(), lr=lr, fused=True, capturable=on_gpu)
+        adam._warned_capturable_if_run_uncaptured = True  # torch would advise against capturable in an eager step
+        for p in network.parameters():  # as Adam's first step does; now, so that a checkpoint can be loaded into it
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            adam.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        return adam
 
     def state_dict(self) -> dict:
         """Everything an update reads and changes."""
-        parts = {name: getattr(self, name).state_dict() for name in AGENT_PARTS}
+        parts = {name: getattr(self, name).state_dict() for name in (*NETWORKS, "policy_opt", "critic_opt")}
         return {**parts, "step": self.step}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Copies into the existing tensors, which captured graphs read and write. Raises if state does not fit."""
-        run_folder.fill(self.state_dict(), state)
+        for name in NETWORKS:
+            getattr(self, name).load_state_dict(state[name])
+        for name in ("policy_opt", "critic_opt"):  # torch's own would put new tensors in the place of these
+            own, saved = getattr(self, name).state_dict(), state[name]
+            own["param_groups"][0]["lr"].copy_(saved["param_groups"][0]["lr"])
+            for k, moments in own["state"].items():
+                for moment, tensor in moments.items():
+                    tensor.copy_(saved["state"][k][moment])
+        self.step.copy_(state["step"])
 
 
 def descend(optimizer: torch.optim.Adam, grads: list[Tensor]) -> None:
@@ -542,22 +536,13 @@ def descend(optimizer: torch.optim.Adam, grads: list[Tensor]) -> None:
     optimizer.step()
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA if there is one. Raises BadInput if it cannot be used."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise BadInput(f"--device is {name}, it must be auto, cpu, cuda, or cuda:1 and so on")
-    try:
-        return torch.zeros((), device=name).device  # "cuda" becomes "cuda:0", which is there
-    except Exception as error:  # torch raises several kinds here
-        raise BadInput(f"--device {name} (given, found or resumed) cannot be used: {reason(error)}") from None
-
-
 def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -> Batch:
     """The whole data set on the device, with rewards transformed: "none", "standardize" or "antmaze"."""
     names = ("observations", "actions", "rewards", "next_observations", "terminals")
     batch = Batch(*(torch.as_tensor(data[name], dtype=torch.get_default_dtype()).to(device) for name in names))
+    largest = batch.reward.abs().max()
+    if largest > 1e15:
+        raise BadInput(f"rewards reach {largest:.3g}, of which float32 cannot hold the squares: scale them down")
     if reward == "standardize":
         if len(batch.reward) < 2 or not batch.reward.std() > 0:
             raise BadInput("--reward standardize needs several rewards that differ: these are all the same")
@@ -567,144 +552,6 @@ def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -
     return batch
 
 
-# ----------------------------------------------------------------------------- evaluation
-
-
-def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: Sequence[int], device: torch.device,
-             check: Callable[[], None] = lambda: None) -> np.ndarray:  # fmt: skip
-    """The returns (E,) of one episode in each of E environments, side by side: one batch of actions per time step.
-
-    act always maps the states (E, S) of all environments, finished ones too, to actions (E, A), so that its shapes, and
-    whose noise is whose, never change. check is called before each time step, and may raise.
-    """
-    states = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
-    returns, running = np.zeros(len(envs)), set(range(len(envs)))
-    while running:
-        check()
-        actions = act(torch.as_tensor(states, dtype=torch.get_default_dtype(), device=device)).cpu().numpy()
-        for k in list(running):
-            states[k], reward, terminated, truncated, _ = envs[k].step(actions[k])
-            returns[k] += reward
-            if terminated or truncated:
-                running.remove(k)
-    return returns
-
-
-def eval_noise_seed(seed: int, step: int) -> int:
-    """The seed of the noise with which this seed's agent is evaluated after step updates."""
-    return seed * 1_000_003 + step
-
-
-def evaluate_seeds(args: Args, act: Callable[[Tensor], Tensor], envs: list, generators: list[torch.Generator],
-                   step: int, check: Callable[[], None]) -> np.ndarray:  # fmt: skip
-    """Normalized scores (K, E) of E episodes for each of K seeds. act draws from generators, and nothing else does.
-
-    The noise depends on seed and step alone: an evaluation changes nothing that training draws. check: see `evaluate`.
-    """
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    for seed, generator in zip(seeds, generators, strict=True):
-        generator.manual_seed(eval_noise_seed(seed, step))
-    env_seeds = [seed + 100 + k for seed in seeds for k in range(args.eval_episodes)]
-    returns = evaluate(act, envs, env_seeds, generators[0].device, check)
-    return normalized_score(args.env_id, returns).reshape(len(seeds), -1)
-
-
-def load_policy(folder: str | Path, seed: int = 0, device: str = "auto", eval_candidates: int | None = None,
-                eval_temperature: float | None = None, eval_average: bool | None = None) -> Callable:  # fmt: skip
-    """A run's trained policy: a function from states (S,) or (E, S), numpy or torch, to actions of the same kind.
-
-    It acts as the run's evaluations do, except where told otherwise. Raises BadInput if the folder holds no such run;
-    the policy raises ValueError if states have another width than the task's.
-    """
-    folder = Path(folder)
-    args = replace(read_args(folder), device=device, compile=False)
-    acting = {"eval_candidates": eval_candidates, "eval_temperature": eval_temperature, "eval_average": eval_average}
-    args = replace(args, **{name: value for name, value in acting.items() if value is not None})
-    if args.num_seeds > 1:
-        raise BadInput(f"{folder} holds {args.num_seeds} policies: give one of its folders seed-*")
-    task = TASKS[args.env_id]
-    with torch.random.fork_rng(devices=[]):  # weights are drawn, and overwritten: not from the caller's generator
-        agent = DiffusionQL(task.state_dim, task.action_dim, args)
-    run_folder.restore_agents(run_folder.read_checkpoint(folder, agent.device), folder, [agent])
-    generator = torch.Generator(agent.device).manual_seed(seed)
-
-    def policy(states):
-        x = torch.as_tensor(states, dtype=agent.eta.dtype, device=agent.device)
-        if x.shape[-1:] != (task.state_dim,):
-            raise ValueError(f"states of {args.env_id} have {task.state_dim} numbers each, not shape {tuple(x.shape)}")
-        rows = x.reshape(-1, task.state_dim)
-        actions = agent.act(rows, agent.draw_act(len(rows), generator)).reshape(*x.shape[:-1], task.action_dim)
-        return actions.to(states.device) if isinstance(states, Tensor) else actions.cpu().numpy()
-
-    return policy
-
-
-# ----------------------------------------------------------------------------- the run
-
-
-REPLAYS = 10  # of a captured update between two looks for signals; sums of losses are grouped by them
-
-
-def train(args: Args) -> dict:
-    """Trains, evaluates and writes the run's folder; returns the contents of summary.json.
-
-    Raises BadInput, Stopped (on SIGTERM or SIGINT, after a checkpoint) and Diverged.
-    """
-    if not args.resume:
-        return run(with_settings(args))
-    args = command_line.resumed_args(args, read_args(args.resume))
-    with run_folder.only_writer(args.resume):
-        if summary := run_folder.finished(args.resume, args.num_updates):
-            if args.capture_video and not any(args.resume.glob("video*.mp4")):
-                record_video(args, args.resume, rendering_env(args.env_id, args.env_backend))
-            print(f"{args.resume} is finished: nothing is left to do")
-            return summary | {"folder": str(args.resume)}
-        return run(args)
-
-
-def run(args: Args) -> dict:
-    """A new run, or the rest of a resumed one."""
-    import fast_sampler
-
-    device = choose_device(args.device)
-    args = fast_sampler.choose_path(args, device)
-    data = load_dataset(args.env_id, args.dataset_path, args.env_backend)
-    dataset = make_batch(data, args.reward, device)
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    envs = make_envs(args.env_id, args.eval_episodes * len(seeds), args.env_backend)
-    video_env = rendering_env(args.env_id, args.env_backend) if args.capture_video else None
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise BadInput("--track needs Weights & Biases: pip install wandb")
-
-    agents = [make_agent(args, seed) for seed in seeds]
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    eval_generators = [torch.Generator(device) for _ in seeds]
-    now = Progress.begin(len(seeds), device, data)
-    if args.resume and (args.resume / "checkpoint.pt").exists():
-        now = run_folder.restore(args, agents, generators, now)
-    folder = args.resume or run_folder.start_folder(args)
-    path = f"{'compiled' if args.compile else 'eager'}{' and captured' * args.cudagraphs}"
-    path += " (compiling takes a minute or more)" * args.compile
-    print(f"{folder}: {len(dataset.state):,} transitions, updates {now.step:,} to {args.num_updates:,} "
-          f"of {len(seeds)} seed(s) on {device}, {path}")  # fmt: skip
-
-    with nullcontext() if args.resume else run_folder.only_writer(folder):
-        agents, updates, act = fast_sampler.make_steps(args, agents, dataset, generators, eval_generators)
-        if args.compile:  # now, and not where a signal would have to wait for it
-            with fast_sampler.unchanged(agents, generators):
-                updates(1)
-                act(torch.zeros(len(envs), agents[0].state_dim, device=device))
-        if args.resume:
-            run_folder.note_length(args)
-        score = partial(evaluate_seeds, args, act, envs, eval_generators)
-        warn = run_folder.q_alarm(dataset.reward, args)
-        run_loop(args, folder, now, agents, generators, updates, score, warn)
-        summary = run_folder.summarize(args, folder, now.history, device, SETTINGS[args.env_id].paper)
-        if video_env:
-            record_video(args, folder, video_env)
-    return summary
-
-
 def make_agent(args: Args, seed: int) -> DiffusionQL:
     """The agent of one seed. On a CPU the run's generator begins with the numbers that its weights were made of."""
     torch.manual_seed(seed)
@@ -712,85 +559,132 @@ def make_agent(args: Args, seed: int) -> DiffusionQL:
     return DiffusionQL(task.state_dim, task.action_dim, replace(args, seed=seed))
 
 
-def run_loop(args: Args, folder: Path, now: Progress, agents: list[DiffusionQL], generators: list[torch.Generator],
-             updates: Callable[[int], Tensor], score: Callable[[int, Callable], np.ndarray],
-             warn: Callable[[list[dict]], None]) -> None:  # fmt: skip
-    """Runs from the current update to the last: rows of metrics.csv, evaluations, checkpoints.
+# ----------------------------------------------------------------------------- evaluation
 
-    agents and updates come from `fast_sampler.make_steps`; generators has one per seed; score(step, check) is
-    `evaluate_seeds`; warn sees each row. Raises Stopped after a signal and its checkpoint, Diverged, and BadInput if
-    the disk is full.
+
+def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: Sequence, device: torch.device,
+             on_step: Callable[[int], None] = lambda ended: None) -> np.ndarray:  # fmt: skip
+    """The returns of one episode in each environment, in the shape of their seeds: one batch of actions per time step.
+
+    act always maps the states (E, S) of all environments, finished ones too, to actions (E, A), so that its shapes, and
+    whose noise is whose, never change. on_step is told after each step how many episodes have ended, and may raise.
     """
-    from tqdm import tqdm
-
-    import fast_sampler
-
-    def states() -> list[dict]:
-        return fast_sampler.states_of(agents, args.num_seeds)
-
-    def keep() -> None:
-        run_folder.save(args, folder, states(), generators, now)
-
-    bar = tqdm(total=args.num_updates, initial=now.step, mininterval=0.5 if sys.stderr.isatty() else 60)
-    logs = run_folder.open_logs(args, folder, now.last_row())
-    with bar, logs as writers, run_folder.held_signals() as check_signals:
-        try:
-            while now.last_row() < args.num_updates:
-                row_at = now.next_row(args)
-                while now.step < row_at:
-                    n = now.advance(updates, row_at, REPLAYS if args.cudagraphs else 1)
-                    bar.update(n)
-                    check_signals()
-                    if now.step % args.checkpoint_every < n:
-                        keep()
-                run_folder.check_health(folder, args, states(), now)
-                rows = now.end_row()
-                warn(rows)
-                evaluated = now.step == args.num_updates or now.step % args.eval_every == 0
-                if evaluated:
-                    scores = score(now.step, check_signals)
-                    for row, of_seed in zip(rows, scores, strict=True):
-                        row |= {"score": float(of_seed.mean()), "score_std": float(of_seed.std())}
-                    bar.set_postfix(score=f"{scores.mean():.1f}")
-                now.add_row(rows)
-                run_folder.log(args, folder, now.history, writers, SETTINGS[args.env_id].paper)
-                if evaluated:
-                    keep()
-                check_signals()
-        except Stopped as stopped:
-            keep()
-            where = f"stopped at update {now.step:,} of {args.num_updates:,}; to go on: --resume {folder}"
-            raise Stopped(stopped.signum, where) from None
+    states = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, np.ravel(seeds), strict=True)])
+    returns, running = np.zeros(len(envs)), list(range(len(envs)))
+    while running:
+        actions = act(torch.as_tensor(states, dtype=torch.get_default_dtype(), device=device)).cpu().numpy()
+        stepped = step_each([envs[k] for k in running], [actions[k] for k in running])
+        for k, (state, reward, terminated, truncated, _) in zip(list(running), stepped, strict=True):
+            states[k] = state
+            returns[k] += reward
+            if terminated or truncated:
+                running.remove(k)
+        on_step(len(envs) - len(running))
+    return returns.reshape(np.shape(seeds))
 
 
-def record_video(args: Args, folder: Path, video_env) -> None:
-    """Films one episode of the first seed's policy, into the run's folder. Raises BadInput if it cannot be written."""
-    from gymnasium.wrappers import RecordVideo
+def eval_noise_seed(seed: int, step: int) -> int:
+    """The seed of the noise with which this seed's agent is evaluated after step updates: an evaluation changes nothing
+    that training draws."""
+    return seed * 1_000_003 + step
 
-    policy = load_policy(run_folder.seed_folders(args, folder)[0], args.seed, args.device)
-    with (
-        run_folder.files_beside(folder) as beside,
-        RecordVideo(video_env, str(beside), name_prefix="video", disable_logger=True) as env,
-    ):
-        evaluate(policy, [env], [args.seed + 100], choose_device(args.device))
+
+# ----------------------------------------------------------------------------- the run
+
+
+def train(args: Args) -> dict:
+    """Trains, evaluates and writes the run's folder; returns the contents of summary.json.
+
+    Raises BadInput, Stopped (on SIGTERM, SIGHUP or SIGINT, after a checkpoint) and Diverged.
+    """
+    compile_asked = bool(args.compile)
+    args = arguments.resumed(args, read_args(args.resume)) if args.resume else with_settings(args)
+    if args.resume and (summary := report.finished(args, args.resume)):
+        print(f"{args.resume} is finished: nothing is left to do")
+        return summary | {"folder": str(args.resume)}
+    device = machine.choose_device(args.device)
+    args = fast_sampler.choose_path(args, device)
+    seeds = range(args.seed, args.seed + args.num_seeds)
+
+    data = load_dataset(args.env_id, args.dataset_path, args.env_backend)
+    dataset = make_batch(data, args.reward, device)
+    env_seeds = np.add.outer(seeds, 100 + np.arange(args.eval_episodes))
+    rounds = np.split(env_seeds, -(-args.eval_episodes // arguments.SIDE_BY_SIDE), axis=1)
+    envs = make_envs(args.env_id, rounds[0].size, args.env_backend)
+    video_env = rendering_env(args.env_id, args.env_backend) if args.capture_video else None
+    agents = [make_agent(args, seed) for seed in seeds]
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    eval_generators = [torch.Generator(device) for _ in seeds]
+
+    run = Run(args, device, data, LOSSES, SETTINGS[args.env_id].paper)
+    with run.locked():
+        run.restore(agents, generators)
+        print(f"{run.folder}: {len(dataset.state):,} transitions, updates {run.step:,} to {args.num_updates:,} "
+              f"of {len(seeds)} seed(s) on {device}, {fast_sampler.path_name(args)}")  # fmt: skip
+        # updates(n) is n times `DiffusionQL.train_step` for each seed, act is `act_fresh`, by the fastest path
+        agents, updates, act = fast_sampler.make_steps(
+            args, agents, dataset, generators, eval_generators, fall_back=not compile_asked
+        )
+        warn = report.q_alarm(dataset.reward, args)
+
+        def save() -> None:
+            run.save(fast_sampler.states_of(agents, len(seeds)), generators)
+
+        if args.resume:
+            save()  # parts of the folder may have been lost
+        with run.training(save):  # a signal that arrives is noted; check_signals raises it
+            while run.last_row < args.num_updates:
+                run.advance(updates)
+                evaluates = run.step % args.eval_every == 0 or run.step == args.num_updates
+                if run.step == run.next_row:
+                    rows = run.end_row()
+                    warn(rows)
+                    if evaluates:
+                        for seed, generator in zip(seeds, eval_generators, strict=True):
+                            generator.manual_seed(eval_noise_seed(seed, run.step))
+                        returns = [evaluate(act, envs, some, device, run.while_evaluating) for some in rounds]
+                        run.add_scores(rows, normalized_score(args.env_id, np.concatenate(returns, axis=1)))
+                    run.log(rows)
+                if evaluates or run.step % args.checkpoint_every == 0:
+                    save()
+                run.check_signals()
+        summary = run.summarize()
+        if video_env:
+            film(load_policy(run.seed_folders[0], args.seed, args.device), video_env, args.seed + 100, run.folder)
+    return summary
+
+
+def read_args(folder: Path) -> Args:
+    """The arguments of the run in a folder. Raises BadInput."""
+    return with_settings(arguments.read(Args, folder))
+
+
+def load_policy(run: str | Path, seed: int = 0, device: str = "auto", eval_candidates: int | None = None,
+                eval_temperature: float | None = None, eval_average: bool | None = None) -> Callable:  # fmt: skip
+    """A run's trained policy: a function from states (S,) or (E, S), numpy or torch, to actions of the same kind.
+
+    It acts as the run's evaluations do, except where told otherwise. Raises BadInput if the folder holds no such run;
+    the policy raises ValueError if states have another width than the task's.
+    """
+    run = Path(run)
+    saved = read_args(run)
+    if saved.num_seeds > 1:
+        raise BadInput(f"{run} holds {saved.num_seeds} policies: give one of its folders seed-*")
+    acting = {"eval_candidates": eval_candidates, "eval_temperature": eval_temperature, "eval_average": eval_average}
+    args = replace(saved, device=device, **{name: value for name, value in acting.items() if value is not None})
+    with torch.random.fork_rng(devices=[]):  # weights are drawn, and overwritten: not from the caller's generator
+        agent = make_agent(args, saved.seed)
+    checkpoint.load_agents([agent], checkpoint.read_checkpoint(run, saved, agent.device), run)
+    generator = torch.Generator(agent.device).manual_seed(seed)
+    return as_policy(lambda states: agent.act_fresh(states, generator), agent.state_dim, agent.action_dim, agent.device)
 
 
 def main() -> None:
-    threading.excepthook = lambda _: None  # TensorBoard's thread: its failure is told where the run next writes to it
-    try:
-        args = command_line.parse(Args, sys.argv[1:])
-        args.resume and command_line.refuse_given(args, read_args(args.resume), sys.argv[1:])
-        summary = train(args)
-    except (BadInput, Diverged, Stopped, KeyboardInterrupt) as error:
-        print(f"dql.py: {str(error) or 'interrupted; --resume continues a run that had started'}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 128 + signal.SIGINT))
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch's word, on a CPU and a GPU
-            raise
-        print(f"dql.py: out of memory ({reason(error)}): try a smaller --batch-size or --num-seeds", file=sys.stderr)
-        sys.exit(2)
-    print(run_folder.report(summary))
+    args = arguments.parse(Args, sys.argv[1:])
+    if args.resume:  # a flag with its default value counts too, if it was given
+        arguments.refuse_changes(arguments.typed(args), read_args(args.resume), arguments.named(sys.argv[1:]))
+    print(report.report(train(args)))
 
 
 if __name__ == "__main__":
-    main()
+    run_main("dql.py", main)

@@ -24,6 +24,7 @@ import os
 import platform
 import shlex
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,12 +38,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from d4rl_tasks import BadInput
-from run_folder import NETWORKS
+from housekeeping.arguments import SIDE_BY_SIDE
+from housekeeping.ending import first_line, out_of_memory
 
 if TYPE_CHECKING:
     from dql import Args, Batch, DiffusionQL
 
 WARM_UPS = 3  # lets libraries make their workspaces and torch.compile its kernels before a capture
+COMPILED = ("critic_gradient", "policy_gradient", "act")  # methods of an agent
 
 
 # ----------------------------------------------------------------------------- which path
@@ -56,12 +59,19 @@ def choose_path(args: Args, device: torch.device) -> Args:
     lacks = lacks_to_compile(on_gpu)
     if args.compile and lacks:
         raise BadInput(f"--compile needs {lacks}: install it, or give --no-compile")
-    long = args.num_updates >= 50_000 if on_gpu else args.num_updates * args.num_seeds >= 5_000
+    # on an H200 compiling takes 34 s and then saves 1.6 ms of an update's 2.9
+    long = args.num_updates >= 20_000 if on_gpu else args.num_updates * args.num_seeds >= 5_000
     return replace(
         args,
         compile=long and not lacks if args.compile is None else args.compile,
         cudagraphs=on_gpu and args.num_updates >= 2_000 if args.cudagraphs is None else args.cudagraphs,
     )
+
+
+def path_name(args: Args) -> str:
+    """The chosen path in words."""
+    name = "compiled (which takes a minute or more)" if args.compile else "eager"
+    return f"{name} and captured" if args.cudagraphs else name
 
 
 def lacks_to_compile(on_gpu: bool) -> str:
@@ -77,21 +87,47 @@ def lacks_to_compile(on_gpu: bool) -> str:
 
 
 def make_steps(
-    args: Args, agents: list[DiffusionQL], dataset: Batch, generators: list, eval_generators: list
+    args: Args, agents: list[DiffusionQL], dataset: Batch, generators: list, eval_generators: list, fall_back=False
 ) -> tuple[list[DiffusionQL], Callable[[int], Tensor], Callable[[Tensor], Tensor]]:
-    """(agents, updates, act): updates(n) makes n updates and returns their summed losses (K, 7); act maps states
-    (K E, S) of K seeds to actions (K E, A).
+    """(agents, updates, act): updates(n) is n times `train_step` of each agent and returns their summed losses (K, 7);
+    act is their `act_fresh`, from states (K E, S) to actions (K E, A).
 
-    On a GPU `replicate` makes several agents one. On a CPU, which one agent keeps busy, they take turns.
+    On a GPU `replicate` makes several agents one. On a CPU, which one agent keeps busy, they take turns. All is tried
+    once, without a trace, before it is returned: with fall_back the steps are eager where compiling fails.
+    Raises BadInput if it fails otherwise, or for lack of memory.
     """
     if agents[0].device.type == "cpu":
         keep_freed_memory()
     elif len(agents) > 1:
-        agents = [replicate(agents, args.compile)]
-        generators, eval_generators = [generators], [eval_generators]
-    if args.cudagraphs:
-        act = FastSampler(agents[0], args.eval_episodes, eval_generators[0])
-        return agents, FastUpdate(agents[0], dataset, generators[0]), act
+        agents, generators, eval_generators = [replicate(agents)], [generators], [eval_generators]
+    eager = [{name: getattr(agent, name) for name in COMPILED} for agent in agents]
+    if args.compile:
+        for agent in agents:
+            compile_agent(agent)
+    build = captured_steps if args.cudagraphs else steps_in_turn
+    try:
+        return agents, *build(args, agents, dataset, generators, eval_generators)
+    except Exception as error:  # of a compiler: of any kind
+        if isinstance(error, BadInput) or not args.compile:
+            raise
+        if not fall_back:
+            raise BadInput(f"--compile fails here ({first_line(error)}): give --no-compile") from None
+        print(f"warning: compiling fails here ({first_line(error)}): runs are eager, and slower", file=sys.stderr)
+    for agent, methods in zip(agents, eager, strict=True):
+        vars(agent).update(methods)
+    return agents, *build(args, agents, dataset, generators, eval_generators)
+
+
+def captured_steps(args, agents, dataset, generators, eval_generators) -> tuple[Callable, Callable]:
+    """`make_steps` with CUDA graphs, of the one agent there is."""
+    with enough_memory("--batch-size"):
+        updates = FastUpdate(agents[0], dataset, generators[0])
+    with enough_memory("--eval-candidates"):
+        return updates, FastSampler(agents[0], min(args.eval_episodes, SIDE_BY_SIDE), eval_generators[0])
+
+
+def steps_in_turn(args, agents, dataset, generators, eval_generators) -> tuple[Callable, Callable]:
+    """`make_steps` without CUDA graphs: one agent after the other."""
 
     def updates(n: int) -> Tensor:
         turns = zip(agents, generators, strict=True)
@@ -103,7 +139,32 @@ def make_steps(
         # a copy, for the bits of a product can depend on how its memory is aligned
         return torch.cat([agent.act_fresh(own.clone(), g) for agent, own, g in turns])
 
-    return agents, updates, act
+    with unchanged(agents, [*generators, *eval_generators]):
+        with enough_memory("--batch-size"):
+            updates(1)
+        with enough_memory("--eval-candidates"):
+            states = args.num_seeds * min(args.eval_episodes, SIDE_BY_SIDE)
+            act(torch.zeros(states, agents[0].state_dim, dtype=agents[0].eta.dtype, device=agents[0].device))
+    return updates, act
+
+
+@contextmanager
+def enough_memory(flag: str) -> Iterator[None]:
+    """Raises BadInput, which names the flag, if the block runs out of memory."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise BadInput(f"out of memory ({first_line(error)}): try a smaller {flag} or --num-seeds") from None
+
+
+def compile_agent(agent: DiffusionQL) -> None:
+    """Compiles each network's loss together with its gradient, and acting."""
+    from compiling import compiled
+
+    for name in COMPILED:
+        setattr(agent, name, compiled(getattr(agent, name), agent.device))
 
 
 def keep_freed_memory() -> None:
@@ -155,14 +216,15 @@ class Networks(nn.Module):
 
     def __init__(self, agent: DiffusionQL):
         super().__init__()
-        for name in NETWORKS:
-            setattr(self, name, getattr(agent, name))
+        for name, network in vars(agent).items():
+            if isinstance(network, nn.Module):
+                setattr(self, name, network)
 
     def forward(self, method: Callable, *inputs):
         return method(*inputs)
 
 
-def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> DiffusionQL:
+def replicate(agents: Sequence[DiffusionQL]) -> DiffusionQL:
     """K agents as one: parameters, optimizer state and losses have a leading axis (K, ...). Given the same draws, an
     update does to each replica what it would do to that agent alone.
 
@@ -171,32 +233,29 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
     `draw`, `draw_index` and `draw_act` take a list of K generators; batches and draws are (K, ...), states to act in
     (K E, S), replica by replica. Raises ValueError if the agents do not fit together.
     """
-    etas = [agent.args.eta for agent in agents]
     if len({agent.has_critics for agent in agents}) > 1:
         raise ValueError("replicas with eta 0 (no critics) and above do not fit together")
     if len({agent.step.item() for agent in agents}) > 1:
         raise ValueError("replicas must have made the same number of updates")
-    K, one = len(agents), agents[0]
-    many = copy.copy(one)
-    for name in ("critic_gradient", "policy_gradient", "act"):  # if compiled, they are bound to that one agent
-        vars(many).pop(name, None)
-    for name in NETWORKS:
-        network = copy.deepcopy(getattr(one, name))
+    K, first = len(agents), agents[0]
+    whole = copy.copy(first)  # the agent that is returned
+    for name, network in Networks(first).named_children():
+        network = copy.deepcopy(network)
         for p in network.parameters():
             p.data = p.data.new_empty(K, *p.shape)
-        setattr(many, name, network)
-    many.policy_opt = one.adam(many.policy, one.args.learning_rate)
-    many.critic_opt = one.adam(many.critic, one.critic_learning_rate)
-    many.step = one.step.clone()
-    many.eta = torch.tensor(etas, device=one.device, dtype=torch.get_default_dtype())
-    many.load_state_dict(stack([agent.state_dict() for agent in agents]))
+        setattr(whole, name, network)
+    whole.policy_opt = first.adam(whole.policy, first.args.learning_rate)
+    whole.critic_opt = first.adam(whole.critic, first.critic_learning_rate)
+    whole.step = first.step.clone()
+    whole.eta = torch.stack([agent.eta for agent in agents])
+    whole.load_state_dict(stack([agent.state_dict() for agent in agents]))
 
-    networks, replica = Networks(many), copy.copy(many)
-    del replica.eta  # that of all replicas: where one is computed, nothing may read it
+    networks, single = Networks(whole), copy.copy(whole)  # single: one replica, while its parameters are lent
+    del single.eta  # it has all K values, and the methods below compute for one replica at a time
     parameters = dict(networks.named_parameters())
 
-    def each(method: Callable) -> Callable:
-        """A method of a single replica, mapped over all."""
+    def for_each(method: Callable) -> Callable:
+        """A method of a single replica, mapped over all of them."""
 
         def of_one(own: dict[str, Tensor], *inputs):
             return functional_call(networks, own, (method, *inputs))
@@ -206,16 +265,14 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
     def stacked(draws: list):
         return type(draws[0])(*map(torch.stack, zip(*draws, strict=True)))
 
-    act = each(replica.act)
-    many.critic_loss, many.policy_losses = each(replica.critic_loss), each(replica.policy_losses)
-    many.act = lambda states, draws: act(states.unflatten(0, (K, -1)), draws).flatten(0, 1)
-    many.clip = torch.vmap(one.clip)
-    many.draw_index = lambda rows, generators: torch.stack([one.draw_index(rows, g) for g in generators])
-    many.draw = lambda generators: stacked([one.draw(g) for g in generators])
-    many.draw_act = lambda states, generators: stacked([one.draw_act(states // K, g) for g in generators])
-    if compile:
-        many.compile()
-    return many
+    act = for_each(single.act)
+    whole.critic_loss, whole.policy_losses = for_each(single.critic_loss), for_each(single.policy_losses)
+    whole.act = lambda states, draws: act(states.unflatten(0, (K, -1)), draws).flatten(0, 1)
+    whole.clip = torch.vmap(first.clip)
+    whole.draw_index = lambda rows, generators: torch.stack([first.draw_index(rows, g) for g in generators])
+    whole.draw = lambda generators: stacked([first.draw(g) for g in generators])
+    whole.draw_act = lambda states, generators: stacked([first.draw_act(states // K, g) for g in generators])
+    return whole
 
 
 # ----------------------------------------------------------------------------- CUDA graphs
@@ -223,14 +280,17 @@ def replicate(agents: Sequence[DiffusionQL], compile: bool = False) -> Diffusion
 
 @contextmanager
 def unchanged(agents: Sequence[DiffusionQL], generators: list[torch.Generator]) -> Iterator[None]:
-    """Restores agents and generators at the end of the block, unless it raises."""
+    """Restores agents and generators at the end of the block."""
     before = [copy.deepcopy(agent.state_dict()) for agent in agents]
+    generators = [g for g in torch.utils._pytree.tree_leaves(generators) if g]
     numbers = [generator.get_state() for generator in generators]
-    yield
-    for agent, state in zip(agents, before, strict=True):
-        agent.load_state_dict(state)
-    for generator, state in zip(generators, numbers, strict=True):
-        generator.set_state(state)
+    try:
+        yield
+    finally:
+        for agent, state in zip(agents, before, strict=True):
+            agent.load_state_dict(state)
+        for generator, state in zip(generators, numbers, strict=True):
+            generator.set_state(state)
 
 
 class FastUpdate:

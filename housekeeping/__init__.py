@@ -1,0 +1,10 @@
+"""What every training program has, and dql.py need not show: none of it knows what is trained.
+
+    arguments.py    the command line, args.json, and what a resumed run may change
+    ending.py       signals, streams that break, and errors as one line
+    folder.py       files written whole, and the lock on a run's folder
+    machine.py      devices, memory, versions
+    checkpoint.py   how far a run has come, saved and restored
+    report.py       rows of metrics.csv, curve.png, TensorBoard, summary.json
+    run.py          a run while it trains: all of these together
+"""

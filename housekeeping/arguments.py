@@ -1,0 +1,166 @@
+"""The arguments of a run: parsed from a command line, read back from a folder's args.json, and checked.
+
+The dataclass itself, its defaults and the paper's settings are in dql.py. Whatever is wrong raises BadInput, whose one
+line says how to mend it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+from contextlib import redirect_stderr
+from dataclasses import asdict, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import tyro
+
+from d4rl_tasks import BadInput
+
+if TYPE_CHECKING:
+    from dql import Args
+
+# What may change when a run is resumed. The data may have been moved: a checksum tells whether they are the same.
+FREE = ("resume", "runs_dir", "dataset_path", "device", "track", "capture_video", "compile", "cudagraphs")
+SIDE_BY_SIDE = 100  # the most episodes of one seed that an evaluation steps at once
+
+
+def parse(kind: type, argv: list[str], script: str = "dql.py") -> Args:
+    """The dataclass kind with the values of a command line. Raises BadInput."""
+    words = []  # tyro wants a value for what may be None: --compile becomes --compile True, --no-compile False
+    for word, after in pairwise([*argv, "--"]):
+        flag = word.replace("--no-", "--", 1)
+        if flag in ("--compile", "--cudagraphs", "--max-q-backup") and after not in ("True", "False", "None"):
+            words += [flag, str(flag == word)]
+        else:
+            words.append(word)
+    return parsed(kind, words, script)
+
+
+def parsed(kind: type, words: list[str], script: str, **options):
+    """tyro.cli(kind) of words. Raises BadInput, with tyro's boxed complaint as one line."""
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            return tyro.cli(kind, args=words, prog=script, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise BadInput(f"{as_line(complaint.getvalue())} (python {script} --help lists the flags)") from None
+
+
+def as_line(complaint: str) -> str:
+    """tyro's boxed complaint as one line, without its title and the flag's help."""
+    text = re.sub(r"^\u256d.*$|[\u2500-\u257f]", " ", complaint, flags=re.M)
+    return re.split(r"Got errors|Argument helptext|For full helptext", " ".join(text.split()))[0].strip()
+
+
+def typed(args: Args) -> Args:
+    """Makes Paths of what should be paths, the data's absolute, for a run may be resumed from another folder.
+
+    Raises BadInput if a value is not of its field's type.
+    """
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if value is not None and f.type in (Path, Path | None):
+            path = Path(value).expanduser() if isinstance(value, (str, Path)) else value
+            args = replace(args, **{f.name: Path(os.path.abspath(path)) if f.name == "dataset_path" else path})
+        if not fits(getattr(args, f.name), f.type):
+            raise BadInput(f"--{f.name.replace('_', '-')} cannot be {value!r} (see --help)")
+    return args
+
+
+def fits(value: object, kind: object) -> bool:
+    """Whether a value is of a field's type: a class, a Literal, or a union."""
+    if get_args(kind):
+        return any(fits(value, one) for one in get_args(kind))
+    if not isinstance(kind, type):
+        return value == kind
+    if kind is float and type(value) is int:  # JSON writes 1.0 as it likes
+        return abs(value) < 2**63
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def check_ranges(args: Args) -> None:
+    """Raises BadInput if a number is out of range, or does not go with another."""
+    if args.eta == 0 and args.eval_candidates > 1:
+        raise BadInput("--eta 0 trains no critics to choose by: leave out --eval-candidates, or give a small --eta")
+    if args.eval_episodes > SIDE_BY_SIDE and args.eval_episodes % SIDE_BY_SIDE:
+        raise BadInput(f"--eval-episodes above {SIDE_BY_SIDE} must be a multiple of it, not {args.eval_episodes:,}")
+    for names, good, wanted in (
+        ("num_seeds num_updates batch_size num_steps average_every eval_every eval_episodes eval_candidates log_every "
+         "checkpoint_every",
+         lambda v: 1 <= v < 2**31, "at least 1 and below 2^31"),
+        ("num_steps num_seeds", lambda v: v <= 10_000, "at most 10,000"),
+        ("eta grad_norm average_from eval_temperature offline_rank",
+         lambda v: 0 <= v < 1e18, "at least 0 and below 1e18"),
+        ("seed", lambda v: 0 <= v <= 2**31 - args.num_seeds, "at least 0, and the last of the seeds below 2^31"),
+        ("learning_rate", lambda v: 0 < v < math.inf, "finite and above 0"),
+        ("gamma tau average_decay", lambda v: 0 <= v <= 1, "between 0 and 1"),
+    ):  # fmt: skip
+        for name in names.split():
+            if not good(getattr(args, name)):
+                raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be {wanted}")
+
+
+# ----------------------------------------------------------------------------- args.json and resuming
+
+
+def as_json(args: Args) -> dict:
+    """args as args.json holds them."""
+    return json.loads(json.dumps(asdict(args), default=str))
+
+
+def read(kind: type, folder: Path) -> Args:
+    """The arguments that a run's args.json holds. Raises BadInput."""
+    try:
+        return kind(**json.loads((folder / "args.json").read_text()))
+    except FileNotFoundError:
+        raise BadInput(f"{folder} is not the folder of a run: it has no args.json") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise BadInput(f"{folder / 'args.json'} is damaged, or another program's: {error}") from None
+
+
+def named(argv: list[str]) -> list[str]:
+    """The fields whose flags stand on a command line."""
+    words = [word.split("=")[0] for word in argv if word.startswith("--")]
+    return [re.sub("^--(no-)?", "", word.replace("_", "-")).replace("-", "_") for word in words]
+
+
+def resumed(given: Args, saved: Args) -> Args:
+    """The arguments of the run to resume, saved, with those that may change as given. Raises BadInput."""
+    given = typed(given)
+    part, group = given.resume.resolve(), given.resume.resolve().parent
+    if re.fullmatch(r"seed-\d+", part.name) and (group / "args.json").exists():
+        raise BadInput(f"{given.resume} is a part of the run {group}: resume that, or a copy of the part elsewhere")
+    refuse_changes(given, saved, [f.name for f in fields(given) if getattr(given, f.name) != f.default])
+    free = {name: getattr(given, name) for name in (*FREE, "num_updates")}
+    not_given = {"device": "auto", "compile": None, "cudagraphs": None, "num_updates": None, "dataset_path": None}
+    args = replace(saved, **{k: v for k, v in free.items() if k not in not_given or v != not_given[k]})
+    check_ranges(args)
+    return args
+
+
+def refuse_changes(given: Args, saved: Args, names: list[str]) -> None:
+    """Raises BadInput if an argument of these names, outside FREE, differs from the run's; num_updates may grow."""
+    differ = [
+        f"--{f.name.replace('_', '-')} {getattr(given, f.name)} (the run's: {getattr(saved, f.name)})"
+        for f in fields(given)
+        if f.name in names
+        and f.name not in FREE
+        and getattr(given, f.name) != getattr(saved, f.name)
+        and not (f.name == "num_updates" and may_grow(saved.num_updates, given.num_updates, saved.lr_decay))
+    ]
+    if differ:
+        flags = ", ".join(differ)
+        but = " (updates may only grow in number, and not with --lr-decay)" if "--num-updates" in flags else ""
+        raise BadInput(f"a resumed run keeps its arguments; leave out {flags}{but}")
+
+
+def may_grow(num_updates: object, more: object, lr_decay: bool) -> bool:
+    """Whether a run may be extended to more updates: what it has done must not depend on where it was to end."""
+    return type(num_updates) is type(more) is int and num_updates < more and not lr_decay

@@ -1,0 +1,82 @@
+"""The machine: devices, processors, memory, and the versions that a score depends on."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from d4rl_tasks import BadInput, reason
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA if there is one. Raises BadInput if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise BadInput(f"--device is {name}, it must be auto, cpu, cuda, or cuda:1 and so on")
+    try:
+        return torch.zeros((), device=name).device  # "cuda" becomes "cuda:0", which is there
+    except Exception as error:  # torch raises several kinds here
+        raise BadInput(f"--device {name} (given, found or resumed) cannot be used: {reason(error)}") from None
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a program can still take on the device; on systems that do not tell, very many."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, AttributeError):
+        available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(available[1]) * 1024 if available else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2**63
+
+
+def check_memory(flag: str, value: int, bytes_each: int, device: torch.device) -> None:
+    """Raises BadInput if value things of so many bytes cannot fit: rather than minutes of swapping, and a kill."""
+    needed, free = value * bytes_each, free_memory(device)
+    if needed > free:
+        raise BadInput(f"{flag} {value:,} needs {needed / 2**30:,.1f} GiB at least, {free / 2**30:,.1f} GiB are free: "
+                       f"at most {free // bytes_each:,} fit")  # fmt: skip
+
+
+@functools.cache
+def cpuinfo() -> str:
+    """What the system says of the processor."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else platform.processor()
+
+
+def processor_vendor() -> str:
+    """The processor's vendor: "AMD", "Intel" or "other"."""
+    return "AMD" if "AuthenticAMD" in cpuinfo() else "Intel" if "GenuineIntel" in cpuinfo() else "other"
+
+
+def instructions() -> str:
+    """The processor's vendor and vector instructions, such as "AMD AVX512"; compiling.py chooses products by them.
+
+    Zen 4, the one family of AMD's with AVX-512 before Zen 5 (26), executes it in halves: "AMD AVX512 in halves".
+    """
+    found = f"{processor_vendor()} {torch.backends.cpu.get_cpu_capability()}"
+    family = re.search(r"family\s*:?\s*(\d+)", cpuinfo(), re.IGNORECASE)
+    in_halves = found == "AMD AVX512" and family and int(family[1]) < 26
+    return f"{found} in halves" if in_halves else found
+
+
+@functools.cache
+def versions(device: torch.device) -> dict[str, str | int]:
+    """What a score depends on besides arguments and data: versions, threads, instructions and, on a GPU, which one."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
+    found["instructions"] = instructions()
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    found["torch"] = str(torch.__version__)  # with its build, which the metadata of PyPI's wheels leave out
+    for package in ("numpy", "gymnasium", "gymnasium-robotics", "mujoco", "gym", "d4rl", "free-mujoco-py"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

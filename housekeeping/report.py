@@ -1,0 +1,188 @@
+"""What a run reports: rows of metrics.csv, curve.png, summary.json, and the text that ends it."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d4rl_tasks import reason
+from housekeeping.folder import seed_folders, write_json, write_whole
+from housekeeping.machine import versions
+
+if TYPE_CHECKING:
+    from dql import Args
+
+SELECTIONS = ("last", "best", "offline")  # evaluations that are reported, see `select`
+
+
+def select(rows: list[dict], args: Args) -> dict[str, dict]:
+    """The last evaluation, the best ("online selection"), and the one with the (rank + 1)-th lowest denoising loss, a
+    mean since the evaluation before ("offline selection", which needs no environment)."""
+    evaluations, losses, weights, start = [], [], [], 0
+    for row in rows:
+        weights.append(row["step"] - start)
+        losses.append(row["bc_loss"])
+        start = row["step"]
+        if row["score"] != "":
+            evaluations.append(row | {"bc_loss": np.average(losses, weights=weights)})
+            losses, weights = [], []
+    by_loss = sorted(evaluations, key=lambda row: row["bc_loss"])
+    chosen = (
+        evaluations[-1],
+        max(evaluations, key=lambda row: row["score"]),
+        by_loss[min(args.offline_rank, len(by_loss) - 1)],
+    )
+    return {
+        name: {"score": row["score"], "std": row["score_std"], "episodes": args.eval_episodes, "step": row["step"]}
+        for name, row in zip(SELECTIONS, chosen, strict=True)
+    }
+
+
+def write_metrics(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_curve(path: Path, rows: list[dict], args: Args, paper: tuple[float, float] | None) -> None:
+    """Score (band: one standard deviation over episodes) and losses over updates."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)  # whatever MPLBACKEND says
+    left, right = figure.subplots(1, 2)
+    step, score, std = np.array([(r["step"], r["score"], r["score_std"]) for r in rows if r["score"] != ""]).T
+    left.plot(step, score, marker=".", label=f"{args.eval_episodes} episodes")
+    left.fill_between(step, score - std, score + std, alpha=0.2)
+    if paper:
+        left.axhline(paper[0], color="gray", linestyle="--", label=f"paper: {paper[0]}")
+    left.set(xlabel="updates", ylabel="normalized score", title=f"{args.env_id}, seed {args.seed}")
+    left.legend()
+    for name in ("critic_loss", "bc_loss", "q_loss"):
+        if any(r[name] for r in rows):  # cloning has bc_loss alone
+            right.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
+    right.set(xlabel="updates", title="losses")
+    right.set_yscale("symlog", linthresh=1e-3)
+    right.legend()
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    figure.savefig(path, format="png")
+    del figure, left, right
+    gc.collect()  # a figure is part of reference cycles: its megabytes would wait for the collector
+
+
+def curves_work(folder: Path, args: Args) -> bool:
+    """Whether curve.png can be drawn here; if not, says why: a picture never costs a run."""
+    path = folder / ".part-curve.png"
+    try:
+        row = {"step": 1, "score": 0.0, "score_std": 0.0, "critic_loss": 1.0, "bc_loss": 1.0, "q_loss": 1.0}
+        write_curve(path, [row], args, None)
+        return True
+    except Exception as error:  # matplotlib is missing, or its settings are broken in one of many ways
+        print(f"warning: no curve.png will be drawn: {reason(error)}", file=sys.stderr)
+        return False
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def q_alarm(reward: Tensor, args: Args) -> Callable[[list[dict]], None]:
+    """A function of rows that warns, once per seed, if the mean target (Eq. 4) lies outside what rewards allow.
+
+    They allow any discounted sum of them, and a margin of a twentieth of the range, for Q may well be a little off.
+    """
+    horizon = 1 / (1 - args.gamma) if args.gamma < 1 else float("inf")
+    low, high = min(0.0, reward.min().item() * horizon), max(0.0, reward.max().item() * horizon)
+    margin, warned = 0.05 * (high - low), set()
+
+    def warn(rows: list[dict]) -> None:
+        for seed, row in enumerate(rows, args.seed):
+            if not low - margin <= row["target_q"] <= high + margin and seed not in warned:
+                warned.add(seed)
+                print(f"warning: update {row['step']:,}, seed {seed}: mean target Q is {row['target_q']:.4g}, "
+                      f"rewards allow {low:.4g} to {high:.4g}", file=sys.stderr)  # fmt: skip
+
+    return warn
+
+
+def write_rows(args: Args, folder: Path, history: list[list[dict]], paper: tuple | None, curves: bool) -> None:
+    """Writes each seed's metrics.csv and, after an evaluation, its curve.png."""
+    for k, (path, rows) in enumerate(zip(seed_folders(args, folder), history, strict=True)):
+        write_whole(path / "metrics.csv", lambda beside, rows=rows: write_metrics(beside, rows))
+        if rows[-1]["score"] != "" and curves:
+            own = replace(args, seed=args.seed + k)
+            write_whole(path / "curve.png", lambda beside, rows=rows, own=own: write_curve(beside, rows, own, paper))
+
+
+def summarize(args: Args, folder: Path, history: list[list[dict]], device: torch.device, paper: tuple | None) -> dict:
+    """Writes each seed's summary.json and, with several seeds, that of all, with mean and spread; returns the run's."""
+    common = {
+        "env_id": args.env_id,
+        "num_updates": history[0][-1]["step"],
+        "paper": paper,
+        "updates_per_second": history[0][-1]["step"] / history[0][-1]["seconds"],
+        "seconds": history[0][-1]["seconds"],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": versions(device),
+    }
+    summaries = []
+    for k, (path, rows) in enumerate(zip(seed_folders(args, folder), history, strict=True)):
+        summaries.append(common | {"seed": args.seed + k, **select(rows, args), "folder": str(path)})
+        write_json(path / "summary.json", summaries[k])
+    if args.num_seeds == 1:
+        return summaries[0]
+    summary = common | {"seed": args.seed, "num_seeds": args.num_seeds, "folder": str(folder)}
+    for name in SELECTIONS:
+        scores = [one[name]["score"] for one in summaries]
+        summary[name] = {"score": float(np.mean(scores)), "std": float(np.std(scores)), "scores": scores}
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def finished(args: Args, folder: Path) -> dict | None:
+    """The summary of a run that has made all its updates and whose files are all there; None for any other."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        summary = json.loads((folder / "summary.json").read_text())
+        report(summary)  # raises where it is none
+        if args.capture_video and not any(folder.glob("video*.mp4")):
+            return None
+        files = [path / name for path in seed_folders(args, folder) for name in
+                 ("args.json", "checkpoint.pt", "metrics.csv", "summary.json")]  # fmt: skip
+        missing = [str(path) for path in (*files, folder / "checkpoint.pt") if not path.exists()]
+        if missing:
+            print(f"missing, to be written again from the run's checkpoint: {', '.join(missing)}", file=sys.stderr)
+        elif summary["num_updates"] == args.num_updates:
+            return summary
+    return None
+
+
+def report(summary: dict) -> str:
+    """The text that ends a run: a summary's scores and the run's folder."""
+    seeds = summary.get("num_seeds", 1)
+    name = f"seeds {summary['seed']}-{summary['seed'] + seeds - 1}" if seeds > 1 else f"seed {summary['seed']}"
+    lines = [f"{summary['env_id']}, {name}, {summary['num_updates']} updates, normalized score:"]
+    for name in SELECTIONS:
+        it = summary[name]
+        of = f"{seeds} seeds"
+        if seeds == 1:
+            of = f"{it['episodes']} episode{'s' if it['episodes'] > 1 else ''}, update {it['step']}"
+        lines.append(f"  {name:8} {it['score']:6.1f} ± {it['std']:.1f} ({of})")
+    if summary["paper"]:
+        mean, std = summary["paper"]
+        lines.append(f"  {'paper':8} {mean:6.1f} ± {std:.1f} (5 seeds)")
+    return "\n".join([*lines, summary["folder"]])
