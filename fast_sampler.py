@@ -239,6 +239,8 @@ def replicate(agents: Sequence[DiffusionQL]) -> DiffusionQL:
         raise ValueError("replicas must have made the same number of updates")
     K, first = len(agents), agents[0]
     whole = copy.copy(first)  # the agent that is returned
+    for name in COMPILED:  # if compiled, they are bound to the first agent
+        vars(whole).pop(name, None)
     for name, network in Networks(first).named_children():
         network = copy.deepcopy(network)
         for p in network.parameters():
