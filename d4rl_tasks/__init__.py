@@ -3,18 +3,11 @@
 The twenty tasks of the paper's Table 1 and halfcheetah-demo-v0. `load_dataset` returns the arrays of D4RL 1.1's
 `qlearning_dataset`; `make_env` returns environments whose single steps equal those of gym, mujoco-py and d4rl.
 Importing this package needs numpy alone; gymnasium, mujoco, h5py, pooch and the classic stack load when they are used.
-
-    errors.py        the error that becomes one line, packages that may be missing
-    tasks.py         the table of tasks, normalized scores
-    files.py         D4RL's HDF5 files and Minari's folders as arrays      download.py      the files, from the network
-    models.py        MuJoCo's models, changed to be D4RL's                 simulators.py    the rules of each environment
-    environments.py  make_env, and many environments stepped at once       classic.py       gym, mujoco-py and d4rl
 """
 
 from d4rl_tasks.environments import make_env, make_envs, rendering_env, step_each
-from d4rl_tasks.errors import BadInput, reason
 from d4rl_tasks.files import load_dataset
-from d4rl_tasks.tasks import TASKS, Task, normalized_score, task_of
+from d4rl_tasks.tasks import TASKS, BadInput, Task, normalized_score, reason, task_of
 
 __all__ = [
     "TASKS", "BadInput", "Task", "load_dataset", "make_env", "make_envs", "normalized_score", "reason",

@@ -1,18 +1,15 @@
 """The classic stack: environments and data files by gym, mujoco-py and d4rl themselves (requirements-classic.txt)."""
 
-from __future__ import annotations
-
-import collections
 import collections.abc
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 
-from d4rl_tasks.errors import BadInput
-from d4rl_tasks.tasks import TASKS
+from d4rl_tasks.tasks import BadInput
 
 
 def classic_make(env_id: str) -> Any:
@@ -24,8 +21,7 @@ def classic_make(env_id: str) -> Any:
         if find_spec("mjrl") is None:  # not on PyPI; d4rl needs only its base class, which gym has too
             from gym.envs import mujoco
 
-            modules = {"mjrl": gym.envs, "mjrl.envs": mujoco, "mjrl.envs.mujoco_env": mujoco.mujoco_env}
-            sys.modules.update(modules)
+            sys.modules |= {"mjrl": gym.envs, "mjrl.envs": mujoco, "mjrl.envs.mujoco_env": mujoco.mujoco_env}
         import d4rl  # noqa: F401  (registers its environments)
 
         return gym.make(env_id.replace("-demo-v0", "-medium-v2"))
@@ -46,16 +42,12 @@ def classic_dataset(env_id: str, path: Path) -> dict[str, np.ndarray]:
         raise BadInput(f"{path} cannot be read by d4rl ({error}): is it D4RL's data of {env_id}?") from None
 
 
-class Classic:
+class Classic(gymnasium.Env):
     """An environment of the classic stack (gym), with gymnasium's interface."""
 
     def __init__(self, env_id: str, render_mode: str | None = None):
-        from gymnasium.spaces import Box
-
         self.classic, self.render_mode = classic_make(env_id), render_mode
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
-        self.observation_space = Box(-np.inf, np.inf, (TASKS[env_id].state_dim,), np.float64)
-        self.action_space = Box(-1.0, 1.0, (TASKS[env_id].action_dim,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         if seed is not None:

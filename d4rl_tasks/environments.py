@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import os
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from d4rl_tasks.classic import Classic
-from d4rl_tasks.errors import BadInput, package, reason
-from d4rl_tasks.simulators import FAMILIES, Simulated
-from d4rl_tasks.tasks import task_of
+from d4rl_tasks.tasks import BadInput, package, reason, task_of
 
 if TYPE_CHECKING:
     import gymnasium
@@ -24,18 +21,26 @@ if TYPE_CHECKING:
 def make_env(env_id: str, backend: str = "maintained", render_mode: str | None = None) -> gymnasium.Env:
     """The task's environment, equal to D4RL's.
 
-    Observations are float64 (state_dim,), actions (action_dim,) in [-1, 1], episodes are truncated at
-    max_episode_steps, and reset(seed=s) always begins the same episode. Environments of a kind share one compiled
-    model, so the hundredth costs next to nothing. backend "d4rl" is the classic stack itself.
+    Observations are float64 (state_dim,), actions (action_dim,) in [-1, 1]; episodes are truncated at
+    max_episode_steps; reset(seed=s) always begins the same episode; environments of a kind share one compiled model.
+    backend "d4rl" is the classic stack itself.
     Raises: BadInput for an unknown id or backend, or a package that is missing or of the wrong version.
     """
     task = task_of(env_id, backend)
     package("gymnasium")
+    from gymnasium.spaces import Box
     from gymnasium.wrappers import TimeLimit
 
     if backend == "d4rl":
-        return _with_gymnasium(Classic)(env_id, render_mode)
-    return TimeLimit(_with_gymnasium(FAMILIES[task.family])(env_id, render_mode), task.max_episode_steps)
+        from d4rl_tasks.classic import Classic as Kind
+    else:
+        from d4rl_tasks.simulators import FAMILIES
+
+        Kind = FAMILIES[task.family]
+    env = Kind(env_id, render_mode)
+    env.observation_space = Box(-np.inf, np.inf, (task.state_dim,), np.float64)
+    env.action_space = Box(-1.0, 1.0, (task.action_dim,), np.float32)
+    return env if backend == "d4rl" else TimeLimit(env, task.max_episode_steps)
 
 
 def make_envs(env_id: str, n: int, backend: str = "maintained") -> list[gymnasium.Env]:
@@ -62,15 +67,6 @@ def rendering_env(env_id: str, backend: str = "maintained") -> gymnasium.Env:
         ) from None
 
 
-@functools.cache
-def _with_gymnasium(kind: type) -> type[gymnasium.Env]:
-    """Makes kind a gymnasium.Env: only now, for this package must import without gymnasium."""
-    import gymnasium
-
-    return type(kind.__name__, (kind, gymnasium.Env), {})
-
-
-
 def step_each(envs: list[gymnasium.Env], actions: np.ndarray) -> list[tuple]:
     """[env.step(action)] of each environment and its action, (n, action_dim), in order; on all cores, the same bits.
 
@@ -79,30 +75,20 @@ def step_each(envs: list[gymnasium.Env], actions: np.ndarray) -> list[tuple]:
     model, and mujoco.rollout takes all controls in advance, while a kitchen's depend on what is observed.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    slow = any(_is_slow(env.unwrapped) for env in envs[:1])  # one tells of all
-    count = max(1, min(cores, len(envs))) if slow else 1
-    bounds = [len(envs) * k // count for k in range(count + 1)]
-    first, *rest = [(envs[start:end], actions[start:end]) for start, end in itertools.pairwise(bounds)]
-    futures = [_threads(cores).submit(_step_in_turn, *share) for share in rest]
-    return _step_in_turn(*first) + [result for future in futures for result in future.result()]
+    gain = any(getattr(env.unwrapped, "threads_gain", False) for env in envs[:1])  # the first tells of all
 
+    def step(share: Iterable[int]) -> list[tuple]:
+        return [envs[k].step(actions[k]) for k in share]
 
-def _step_in_turn(envs: list[gymnasium.Env], actions: np.ndarray) -> list[tuple]:
-    return [env.step(action) for env, action in zip(envs, actions, strict=True)]
-
-
-def _is_slow(env: gymnasium.Env) -> bool:
-    """Whether a step takes 0.2 ms or more, by time steps and degrees of freedom, so that threads gain.
-
-    20 environments on two cores: kitchen 1.93 times as fast as in turn, antmaze 1.79, pen 1.71; but walker2d 1.05 to
-    1.6, hopper 0.8 to 1.4, halfcheetah 0.66, where threads mostly wait for Python's lock.
-    """
-    return isinstance(env, Simulated) and env.frame_skip * env.model.nv >= 60
+    if cores == 1 or not gain:
+        return step(range(len(envs)))
+    shares = np.array_split(np.arange(len(envs)), min(cores, len(envs)))
+    return [result for results in _threads(cores).map(step, shares) for result in results]
 
 
 @functools.cache
 def _threads(cores: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(cores - 1, thread_name_prefix="environments")
+    return ThreadPoolExecutor(cores, thread_name_prefix="environments")
 
 
 if hasattr(os, "register_at_fork"):  # a forked process does not have the threads

@@ -4,22 +4,17 @@ Nothing in a data file is imported, called or unpickled. Both kinds are read by 
 environment that metadata.json names where it lists no spaces, and so runs whatever is named there.
 """
 
-from __future__ import annotations
-
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from d4rl_tasks.classic import classic_dataset
 from d4rl_tasks.download import download
-from d4rl_tasks.errors import BadInput, package
-from d4rl_tasks.tasks import Task, task_of
-
-if TYPE_CHECKING:
-    import h5py
+from d4rl_tasks.tasks import BadInput, Task, package, task_of
 
 DEMO_FILE = Path(__file__).parents[1] / "demo" / "halfcheetah-demo-v0.hdf5"
 
@@ -35,15 +30,17 @@ def load_dataset(env_id: str, path: str | os.PathLike | None = None, backend: st
     """
     task = task_of(env_id, backend)
     try:
-        path = Path(os.path.expanduser(path)) if path is not None else _data_file(env_id, task)
+        path = Path(os.path.expanduser(path)) if path is not None else _data_file(task)
         if backend == "d4rl":
+            from d4rl_tasks.classic import classic_dataset
+
             return classic_dataset(env_id, path)
         return read_minari(path, task) if os.path.isdir(path) else _transitions(read_hdf5(path, task), task, path)
     except MemoryError:
         raise BadInput(f"the data of {env_id} do not fit into memory: free some, or give a smaller file") from None
 
 
-def _data_file(env_id: str, task: Task) -> Path:
+def _data_file(task: Task) -> Path:
     """The path of the task's data file, which is downloaded if it is not there."""
     if not task.url:
         return DEMO_FILE
@@ -51,22 +48,16 @@ def _data_file(env_id: str, task: Task) -> Path:
     path = Path(os.path.expanduser(folder)) / task.url.rsplit("/", 1)[1]
     if not os.path.exists(path):
         package("h5py")  # nothing is downloaded that could not be read
-        try:
-            download(task.url, path, task.sha256, lambda file: read_hdf5(file, task))
-        except BadInput as error:
-            raise BadInput(
-                f"no data for {env_id} ({error}): put {task.url} at {path}, or give a file with --dataset-path"
-            ) from None
+        download(task.url, path, task.sha256, lambda file: read_hdf5(file, task))
     return path
 
 
-def read_hdf5(path: Path, task: Task) -> dict[str, np.ndarray]:
-    """Observations, actions and rewards (float32), terminals and, where the file has them, timeouts (bool)."""
-    h5py = package("h5py")
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """The HDF5 file, open to be read; whatever goes wrong meanwhile becomes BadInput."""
     try:
-        with h5py.File(path, "r") as file:
-            names = ["observations", "actions", "rewards", "terminals", *(["timeouts"] if "timeouts" in file else [])]
-            return _checked({name: _column(file, name, path) for name in names}, task, path)
+        with package("h5py").File(path, "r") as file:
+            yield file
     except (BadInput, MemoryError):
         raise
     except FileNotFoundError:
@@ -75,37 +66,34 @@ def read_hdf5(path: Path, task: Task) -> dict[str, np.ndarray]:
         raise BadInput(f"{path} cannot be read as HDF5 ({error}): if it is damaged, fetch it again") from None
 
 
+def read_hdf5(path: Path, task: Task) -> dict[str, np.ndarray]:
+    """Observations, actions and rewards (float32), terminals and, where the file has them, timeouts (bool)."""
+    with _open(path) as file:
+        names = ("observations", "actions", "rewards", "terminals", *(("timeouts",) if "timeouts" in file else ()))
+        return _checked({name: _column(file, name, path) for name in names}, task, path)
+
+
 def read_minari(folder: Path, task: Task) -> dict[str, np.ndarray]:
     """The transitions of a Minari data set; a truncated step is one of them, for its next observation is there."""
-    h5py = package("h5py")
     path = (folder / "data" if (folder / "data").is_dir() else folder) / "main_data.hdf5"
     if not path.exists():
-        raise BadInput(
-            f"{folder} is no Minari data set in hdf5 format, for it has no {path.relative_to(folder)}: give a D4RL HDF5 "
-            "file, or write the data set anew with Minari's data_format='hdf5' (arrow is not read)"
-        )
+        form = f"hdf5 format, not arrow, for it has no {path.relative_to(folder)}"
+        raise BadInput(f"{folder} is no Minari data set in {form}: give a D4RL file, or one with data_format='hdf5'")
     episodes = []
-    try:
-        with h5py.File(path, "r") as file:
-            for k in range(len(file)):
-                place = f"{path}, episode_{k}"
-                names = ("observations", "actions", "rewards", "terminations")
-                states, actions, rewards, terminals = (_column(file[f"episode_{k}"], name, place) for name in names)
-                states = states[...]
-                columns = {"observations": states[:-1], "next_observations": states[1:], "actions": actions,
-                           "rewards": rewards, "terminals": terminals}  # fmt: skip
-                episodes.append(_checked(columns, task, place))
-    except (BadInput, MemoryError):
-        raise
-    except Exception as error:
-        raise BadInput(f"{path} cannot be read as Minari's data ({error}): if it is damaged, fetch it again") from None
+    with _open(path) as file:
+        for k in range(len(file)):
+            place = f"{path}, episode_{k}"
+            names = ("observations", "actions", "rewards", "terminations")
+            states, actions, rewards, terminals = (_column(file[f"episode_{k}"], name, place) for name in names)
+            columns = {"observations": states[:-1], "actions": actions, "rewards": rewards, "terminals": terminals}
+            episodes.append(_checked(columns | {"next_observations": states[1:]}, task, place))
     if not sum(len(episode["rewards"]) for episode in episodes):
         raise BadInput(f"{path} holds no transition: give a data set of at least one step")
     return {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
 
 
-def _column(group: h5py.Group, name: str, place: object) -> h5py.Dataset:
-    """The array of that name in a file or an episode."""
+def _column(group: Any, name: str, place: object) -> Any:
+    """The h5py data set of that name in a file or in an episode, its group."""
     if name not in group:
         raise BadInput(f"{place} has no {name}: is it D4RL's or Minari's, and complete?")
     if getattr(group[name], "shape", None) is None:  # a group, as of a Dict of observations
@@ -120,9 +108,7 @@ def _checked(columns: dict[str, Any], task: Task, place: object) -> dict[str, np
     shapes = {name: (*rows, widths[name]) if name in widths else rows for name in columns}
     for name, column in columns.items():  # all before any is read, for a damaged shape may claim terabytes
         if column.shape != shapes[name] and (name in widths or column.shape != (*rows, 1)):
-            raise BadInput(
-                f"{place}: {name} have shape {column.shape} instead of {shapes[name]}: is it {task.family} data, and whole?"
-            )
+            raise BadInput(f"{place}: {name} have shape {column.shape}, not {shapes[name]}: is it {task.family} data?")
         if column.dtype.kind not in "biuf":
             raise BadInput(f"{place}: {name} are of type {column.dtype}, not numbers: write them as float32")
     arrays = {}
@@ -153,10 +139,9 @@ def _transitions(rows: dict[str, np.ndarray], task: Task, path: Path) -> dict[st
 
 
 def _count_ends(terminals: np.ndarray, limit: int) -> np.ndarray:
-    """The rows (n,) that D4RL takes for truncated in a file without timeouts, by counting steps up to limit - 1.
+    """The rows (n,) that D4RL takes for truncated in a file without timeouts: the loop of d4rl.qlearning_dataset.
 
-    This is the loop of d4rl.qlearning_dataset: the count goes on from 0 after a row left out, and from 1 after a
-    terminal row.
+    The count goes on from 0 after a row left out, and from 1 after a terminal row.
     """
     truncated, count = [], 0
     for terminal in terminals.tolist():  # a list of bools: numpy's own elements take ten times as long

@@ -1,69 +1,50 @@
 """MuJoCo's models of the tasks: those of gymnasium and gymnasium_robotics, changed to be D4RL's.
 
-Tasks of the same names in today's gymnasium differ. In D4RL:
-- HalfCheetah, Hopper, Walker2d, AntMaze: bodies have other masses, for MuJoCo before 2.1.2 gave a capsule the mass of a
-  cylinder longer by half its radius at both ends.
-- AntMaze: the ant has its own time step, contacts, motors and mazes.
-- Pen: other motors. Kitchen: one collision less.
+Bodies of HalfCheetah, Hopper, Walker2d and AntMaze have other masses there, for MuJoCo before 2.1.2 gave a capsule the
+mass of a cylinder longer by half its radius at both ends. The ant has its own time step, contacts, motors and mazes,
+the pen other motors, the kitchen one collision less.
 MuJoCo 3.2.6 collides bodies as D4RL's 2.1.0 did; 3.2.7 no longer does so at antmaze's walls, 3.3 in pen and kitchen.
 """
 
-from __future__ import annotations
-
 import functools
 import os
-import types
 import xml.etree.ElementTree as ET
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import gymnasium
 import numpy as np
 
-from d4rl_tasks.errors import BadInput, package
+from d4rl_tasks.tasks import BadInput, package
 
-if TYPE_CHECKING:
+try:
     import mujoco
-
-
-@functools.cache
-def load_mujoco() -> types.ModuleType:
-    """The package mujoco. Raises BadInput if it is missing or of another version."""
+except Exception:  # it imports the OpenGL library that MUJOCO_GL names, of which simulations need none
+    opengl = os.environ.get("MUJOCO_GL", "glfw")  # rendering will read it, and say what is missing
+    os.environ["MUJOCO_GL"] = "disable"
     try:
-        import mujoco
-    except Exception:  # it imports the OpenGL library that MUJOCO_GL names, of which simulations need none
-        opengl = os.environ.get("MUJOCO_GL", "glfw")  # rendering will read it, and say what is missing
-        os.environ["MUJOCO_GL"] = "disable"
-        try:
-            mujoco = package("mujoco")
-        finally:
-            os.environ["MUJOCO_GL"] = opengl
-    if mujoco.__version__ != "3.2.6":
-        raise BadInput(f"mujoco {mujoco.__version__} does not move as D4RL's: pip install mujoco==3.2.6")
-    return mujoco
-
-
-def _assets(name: str) -> Path:
-    """The folder of an installed package, found without importing it."""
-    spec = find_spec(name)
-    if spec is None:
-        raise BadInput(f"{name} is not installed: pip install -r requirements.txt")
-    return Path(spec.submodule_search_locations[0]) / "envs"
+        mujoco = package("mujoco")
+    finally:
+        os.environ["MUJOCO_GL"] = opengl
+if mujoco.__version__ != "3.2.6":
+    raise BadInput(f"mujoco {mujoco.__version__} does not move as D4RL's: pip install mujoco==3.2.6")
 
 
 @functools.cache
 def model_of(family: str, maze: str) -> mujoco.MjModel:
     """The model of D4RL's task, compiled by today's MuJoCo; environments share it. maze is empty but for antmaze."""
-    mujoco = load_mujoco()
     if family not in ("pen", "kitchen"):
         name = {"halfcheetah": "half_cheetah", "antmaze": "ant"}.get(family, family)
-        root = ET.parse(_assets("gymnasium") / "mujoco" / "assets" / f"{name}.xml").getroot()
+        root = ET.parse(Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / f"{name}.xml").getroot()
         if family == "antmaze":
             _build_maze(root, maze)
         _weigh_capsules(root)
         return mujoco.MjModel.from_xml_string(ET.tostring(root, encoding="unicode"))
     file = "adroit_hand/adroit_pen.xml" if family == "pen" else "kitchen_franka/kitchen_assets/kitchen_env_model.xml"
-    spec = mujoco.MjSpec.from_file(str(_assets("gymnasium_robotics") / "assets" / file))
+    robotics = find_spec("gymnasium_robotics")  # not imported, for it warns of its own environments
+    if robotics is None:
+        raise BadInput("gymnasium_robotics is not installed: pip install -r requirements.txt")
+    spec = mujoco.MjSpec.from_file(str(Path(robotics.origin).parent / "envs" / "assets" / file))
     if family == "pen":
         spec.find_body("target").mocap = True  # its orientation is then part of the data, not of the shared model
         model = spec.compile()

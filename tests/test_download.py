@@ -137,7 +137,7 @@ def test_download_turns_to_the_mirror(serve, tmp_path, script):
 ])  # fmt: skip
 def test_download_that_fails_says_what_to_do(serve, tmp_path, word, reason):
     server, mirror = serve(word, mirror=[word])
-    message = bad_input(lambda: load_dataset(HOPPER), reason, "--dataset-path", HOPPER, server.url, mirror.url)
+    message = bad_input(lambda: load_dataset(HOPPER), reason, "--dataset-path", server.url, mirror.url)
     assert str(tmp_path / "data" / HOPPER_FILE) in message and left(tmp_path) == []
     hangs = word in ("stall", "nonsense")  # is not asked again
     assert word == "redirect" or len(server.requests) == len(mirror.requests) == (1 if hangs else 2)
@@ -154,7 +154,7 @@ def test_no_network_is_told_within_15_seconds(serve, capsys):
 
 def test_servers_that_nobody_reaches_are_given_up_soon(serve, monkeypatch):
     """Connections that are not accepted: a full queue drops them, as a firewall does."""
-    server, mirror = serve()
+    _, mirror = serve()
     monkeypatch.setattr(downloads, "TIMEOUT", (2.0, 20.0))
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
