@@ -77,8 +77,7 @@ def read_minari(folder: Path, task: Task) -> dict[str, np.ndarray]:
     """The transitions of a Minari data set; a truncated step is one of them, for its next observation is there."""
     path = (folder / "data" if (folder / "data").is_dir() else folder) / "main_data.hdf5"
     if not path.exists():
-        form = f"hdf5 format, not arrow, for it has no {path.relative_to(folder)}"
-        raise BadInput(f"{folder} is no Minari data set in {form}: give a D4RL file, or one with data_format='hdf5'")
+        raise BadInput(f"{path} does not exist: give a D4RL file, or Minari data of format hdf5 (arrow is not read)")
     episodes = []
     with _open(path) as file:
         for k in range(len(file)):
@@ -108,7 +107,7 @@ def _checked(columns: dict[str, Any], task: Task, place: object) -> dict[str, np
     shapes = {name: (*rows, widths[name]) if name in widths else rows for name in columns}
     for name, column in columns.items():  # all before any is read, for a damaged shape may claim terabytes
         if column.shape != shapes[name] and (name in widths or column.shape != (*rows, 1)):
-            raise BadInput(f"{place}: {name} have shape {column.shape}, not {shapes[name]}: is it {task.family} data?")
+            raise BadInput(f"{place}: {name} have shape {column.shape}, not {shapes[name]}: is it {task.family} data, whole?")
         if column.dtype.kind not in "biuf":
             raise BadInput(f"{place}: {name} are of type {column.dtype}, not numbers: write them as float32")
     arrays = {}

@@ -421,6 +421,6 @@ def test_minari_folders_that_cannot_be_read(minari_folder, tmp_path):
     file.write_bytes(b"")
     bad_input(lambda: load_dataset(HOPPER, folder), "main_data.hdf5", "cannot be read")
     file.unlink()  # an arrow data set has folders of episodes instead
-    bad_input(lambda: load_dataset(HOPPER, folder), "data/main_data.hdf5", "arrow", "data_format='hdf5'")
+    bad_input(lambda: load_dataset(HOPPER, folder), "data/main_data.hdf5", "format hdf5 (arrow is not read)")
     (tmp_path / "empty").mkdir()
-    bad_input(lambda: load_dataset(HOPPER, tmp_path / "empty"), "Minari", "another file or folder")
+    bad_input(lambda: load_dataset(HOPPER, tmp_path / "empty"), "main_data.hdf5 does not exist", "Minari")
