@@ -107,7 +107,7 @@ def _checked(columns: dict[str, Any], task: Task, place: object) -> dict[str, np
     shapes = {name: (*rows, widths[name]) if name in widths else rows for name in columns}
     for name, column in columns.items():  # all before any is read, for a damaged shape may claim terabytes
         if column.shape != shapes[name] and (name in widths or column.shape != (*rows, 1)):
-            raise BadInput(f"{place}: {name} have shape {column.shape}, not {shapes[name]}: is it {task.family} data, whole?")
+            raise BadInput(f"{place}: {name} have shape {column.shape}, not {shapes[name]}: is it whole {task.family} data?")
         if column.dtype.kind not in "biuf":
             raise BadInput(f"{place}: {name} are of type {column.dtype}, not numbers: write them as float32")
     arrays = {}

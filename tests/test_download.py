@@ -72,7 +72,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.wfile.write(content[: len(content) // 2 if word in ("cut", "stall") else len(content)])
             self.wfile.flush()
             if word == "stall":
-                server.enough.wait(20)
+                server.enough.wait(60)
 
 
 HOPPER_FILE = TASKS[HOPPER].url.rsplit("/", 1)[1]
@@ -127,8 +127,9 @@ def test_download_gets_the_file_through(serve, content, tmp_path, script, capsys
                                     ["stall"]])  # fmt: skip
 def test_download_turns_to_the_mirror(serve, tmp_path, script):
     server, mirror = serve(*script, mirror=["whole"])
+    start = time.monotonic()
     same(load_dataset(HOPPER), plain_loop(rows_of(3000), 1000))
-    assert server.requests and mirror.requests == ["whole"]
+    assert server.requests and mirror.requests == ["whole"] and time.monotonic() - start < 40
 
 
 @pytest.mark.parametrize(("word", "reason"), [
