@@ -6,10 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 
-from d4rl_tasks.tasks import BadInput
+from d4rl_tasks.tasks import BadInput, package
+
+gymnasium = package("gymnasium")
 
 
 def classic_make(env_id: str) -> Any:

@@ -35,7 +35,10 @@ def load_dataset(env_id: str, path: str | os.PathLike | None = None, backend: st
             from d4rl_tasks.classic import classic_dataset
 
             return classic_dataset(env_id, path)
-        return read_minari(path, task) if os.path.isdir(path) else _transitions(read_hdf5(path, task), task, path)
+        data = read_minari(path, task) if os.path.isdir(path) else _transitions(read_hdf5(path, task), task, path)
+        if (largest := np.abs(data["actions"]).max()) > 1.00001:
+            warnings.warn(f"{path}: actions reach {largest:g}; the policy's end at 1", stacklevel=2)
+        return data
     except MemoryError:
         raise BadInput(f"the data of {env_id} do not fit into memory: free some, or give a smaller file") from None
 
@@ -83,10 +86,10 @@ def read_minari(folder: Path, task: Task) -> dict[str, np.ndarray]:
         for k in range(len(file)):
             place = f"{path}, episode_{k}"
             names = ("observations", "actions", "rewards", "terminations")
-            states, actions, rewards, terminals = (_column(file[f"episode_{k}"], name, place) for name in names)
+            states, actions, rewards, terminals = (_column(file[f"episode_{k}"], name, place)[...] for name in names)
             columns = {"observations": states[:-1], "actions": actions, "rewards": rewards, "terminals": terminals}
             episodes.append(_checked(columns | {"next_observations": states[1:]}, task, place))
-    if not sum(len(episode["rewards"]) for episode in episodes):
+    if not any(len(episode["rewards"]) for episode in episodes):
         raise BadInput(f"{path} holds no transition: give a data set of at least one step")
     return {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
 
@@ -106,8 +109,9 @@ def _checked(columns: dict[str, Any], task: Task, place: object) -> dict[str, np
     widths = {"observations": task.state_dim, "next_observations": task.state_dim, "actions": task.action_dim}
     shapes = {name: (*rows, widths[name]) if name in widths else rows for name in columns}
     for name, column in columns.items():  # all before any is read, for a damaged shape may claim terabytes
-        if column.shape != shapes[name] and (name in widths or column.shape != (*rows, 1)):
-            raise BadInput(f"{place}: {name} have shape {column.shape}, not {shapes[name]}: is it whole {task.family} data?")
+        shape, wanted = column.shape, shapes[name]
+        if shape != wanted and (name in widths or shape != (*rows, 1)):
+            raise BadInput(f"{place}: {name} have shape {shape} instead of {wanted}: is it whole {task.family} data?")
         if column.dtype.kind not in "biuf":
             raise BadInput(f"{place}: {name} are of type {column.dtype}, not numbers: write them as float32")
     arrays = {}
@@ -120,8 +124,6 @@ def _checked(columns: dict[str, Any], task: Task, place: object) -> dict[str, np
         largest = np.abs(values).max(initial=0) if name == "actions" else 0
         if largest > 2:  # not clipped: the scale would be wrong
             raise BadInput(f"{place}: actions reach {largest:g}, D4RL's lie in [-1, 1]: rescale them")
-        if largest > 1.00001:
-            warnings.warn(f"{place}: actions reach {largest:g}; the policy's end at 1", stacklevel=2)
         arrays[name] = values != 0 if flag else values
     return arrays
 

@@ -11,6 +11,7 @@ import os
 import xml.etree.ElementTree as ET
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import gymnasium
 import numpy as np
@@ -20,12 +21,8 @@ from d4rl_tasks.tasks import BadInput, package
 try:
     import mujoco
 except Exception:  # it imports the OpenGL library that MUJOCO_GL names, of which simulations need none
-    opengl = os.environ.get("MUJOCO_GL", "glfw")  # rendering will read it, and say what is missing
-    os.environ["MUJOCO_GL"] = "disable"
-    try:
+    with mock.patch.dict(os.environ, MUJOCO_GL="disable"):  # rendering will read it as it was
         mujoco = package("mujoco")
-    finally:
-        os.environ["MUJOCO_GL"] = opengl
 if mujoco.__version__ != "3.2.6":
     raise BadInput(f"mujoco {mujoco.__version__} does not move as D4RL's: pip install mujoco==3.2.6")
 
