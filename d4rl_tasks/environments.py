@@ -75,7 +75,7 @@ def step_each(envs: list[gymnasium.Env], actions: np.ndarray) -> list[tuple]:
     model, and mujoco.rollout takes all controls in advance, while a kitchen's depend on what is observed.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    gain = any(getattr(env.unwrapped, "threads_gain", False) for env in envs[:1])  # the first tells of all
+    gain = any(getattr(getattr(env, "unwrapped", env), "threads_gain", False) for env in envs[:1])  # one tells of all
 
     def step(share: Iterable[int]) -> list[tuple]:
         return [envs[k].step(actions[k]) for k in share]

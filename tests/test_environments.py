@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -381,3 +382,4 @@ def test_stepping_at_once_passes_errors_on():
     with pytest.raises(TypeError):
         step_each(envs, np.zeros((4, 24), np.float32))
     assert step_each([], np.zeros((0, 24), np.float32)) == []
+    assert step_each([types.SimpleNamespace(step=abs)] * 3, np.array([1, -2, 3])) == [1, 2, 3]  # of any kind
