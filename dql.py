@@ -573,7 +573,7 @@ def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: Sequence, devic
     returns, running = np.zeros(len(envs)), list(range(len(envs)))
     while running:
         actions = act(torch.as_tensor(states, dtype=torch.get_default_dtype(), device=device)).cpu().numpy()
-        stepped = step_each([envs[k] for k in running], [actions[k] for k in running])
+        stepped = step_each([envs[k] for k in running], actions[running])
         for k, (state, reward, terminated, truncated, _) in zip(list(running), stepped, strict=True):
             states[k] = state
             returns[k] += reward
