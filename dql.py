@@ -630,8 +630,6 @@ def train(args: Args) -> dict:
         def save() -> None:
             run.save(fast_sampler.states_of(agents, len(seeds)), generators)
 
-        if args.resume:
-            save()  # parts of the folder may have been lost
         with run.training(save):  # a signal that arrives is noted; check_signals raises it
             while run.last_row < args.num_updates:
                 run.advance(updates)
@@ -650,7 +648,7 @@ def train(args: Args) -> dict:
                 run.check_signals()
         summary = run.summarize()
         if video_env:
-            film(load_policy(run.seed_folders[0], args.seed, args.device), video_env, args.seed + 100, run.folder)
+            film(load_policy(run.seeds[0][0], args.seed, args.device), video_env, args.seed + 100, run.folder)
     return summary
 
 
@@ -674,7 +672,7 @@ def load_policy(run: str | Path, seed: int = 0, device: str = "auto", eval_candi
     args = replace(saved, device=device, **{name: value for name, value in acting.items() if value is not None})
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and overwritten: not from the caller's generator
         agent = make_agent(args, saved.seed)
-    checkpoint.load_agents([agent], checkpoint.read_checkpoint(run, saved, agent.device), run)
+    checkpoint.load(checkpoint.read_checkpoint(run, saved, agent.device), run, [agent], [])
     generator = torch.Generator(agent.device).manual_seed(seed)
     return as_policy(lambda states: agent.act_fresh(states, generator), agent.state_dim, agent.action_dim, agent.device)
 
