@@ -59,8 +59,8 @@ def begin(program: str) -> None:
     run trains `held_signals` takes over.
     """
     with suppress(OSError):
-        while os.open(os.devnull, os.O_RDWR) <= 2:  # after 2>&- a data file would get stderr's number
-            pass
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # after 2>&- a data file would get stderr's number
+            os.set_inheritable(number, True)
     codecs.register_error("in_ascii", in_ascii)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or Path(os.devnull).open("w")  # noqa: SIM115

@@ -140,16 +140,17 @@ def summarize(args: Args, folder: Path, history: list[list[dict]], paper: tuple 
 def finished(args: Args, folder: Path) -> dict | None:
     """The summary of a run that has made all its updates; None for any other. Says which of its files are missing."""
     names = ("args.json", "checkpoint.pt", "metrics.csv", "summary.json")
-    files = [folder / "checkpoint.pt", *(path / name for path in seed_folders(args, folder) for name in names)]
+    files = {folder / "checkpoint.pt", *(path / name for path in seed_folders(args, folder) for name in names)}
     if args.capture_video:
-        files.append(folder / "video.mp4")
+        files.add(folder / "video.mp4")
     with suppress(OSError, ValueError, KeyError, TypeError):
         summary = json.loads((folder / "summary.json").read_text())
         if summary["num_updates"] == args.num_updates:
-            missing = [str(path) for path in files if not path.exists()]
+            missing = sorted(str(path) for path in files if not path.exists())
             if not missing:
                 return summary
-            print(f"missing, and made again if checkpoint.pt is there: {', '.join(missing)}", file=sys.stderr)
+            if (folder / "checkpoint.pt").exists():  # otherwise nothing can be, as the next error says
+                print(f"missing, and written again: {', '.join(missing)}", file=sys.stderr)
     return None
 
 
