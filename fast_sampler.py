@@ -103,11 +103,10 @@ def make_steps(
         agents, generators, eval_generators = [replicate(agents)], [generators], [eval_generators]
     check_memory(args, agents[0])
     eager = [{name: getattr(agent, name) for name in COMPILED} for agent in agents]
-    if args.compile:
-        for agent in agents:
-            compile_agent(agent)
     build = captured_steps if args.cudagraphs else steps_in_turn
     try:
+        for agent in agents if args.compile else ():
+            compile_agent(agent)
         return agents, *build(args, agents, dataset, generators, eval_generators)
     except Exception as error:  # of a compiler: of any kind
         if isinstance(error, BadInput) or not args.compile:
