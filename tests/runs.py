@@ -78,7 +78,8 @@ def command(*words: object, env: dict | None = None, python: tuple = (), **optio
 
 def told(stderr: str) -> list[str]:
     """The lines of stderr without those of the progress bar."""
-    return [line for line in stderr.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line and "?it" not in line]
+    lines = stderr.replace("\r", "\n").splitlines()
+    return [line for line in lines if line.strip() and "it/s" not in line and "?it" not in line]
 
 
 def one_line(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> str:
@@ -111,7 +112,8 @@ def read_torch(folder: Path) -> dict:
 
 def assert_same(a: object, b: object) -> None:
     """Two nested states have the same structure and the same bits."""
-    a, b = ({str(path): leaf for path, leaf in torch.utils._pytree.tree_flatten_with_path(state)[0]} for state in (a, b))
+    flat = (torch.utils._pytree.tree_flatten_with_path(state)[0] for state in (a, b))
+    a, b = ({str(path): leaf for path, leaf in leaves} for leaves in flat)
     assert a.keys() == b.keys()
     for name, leaf in a.items():
         assert torch.equal(leaf, b[name]) if torch.is_tensor(leaf) else leaf == b[name], name

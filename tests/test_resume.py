@@ -1,7 +1,6 @@
-"""Runs that are stopped, killed, extended, copied or damaged, and resumed: they end with the same bits, or in one line."""
+"""Runs that are stopped, killed, extended, copied or damaged, and resumed: they end with the same bits or one line."""
 
 import errno
-import itertools
 import json
 import os
 import pickle
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,8 @@ from runs import (
     ROOT,
     assert_same_end,
     bad_input,
-    command,
     metrics,
     on_call,
-    one_line,
     read_torch,
     resume,
     run_left_alone,  # noqa: F401, a fixture
@@ -31,11 +29,10 @@ from runs import (
 )
 
 import dql
-from d4rl_tasks import BadInput
-from dql import Args, DiffusionQL
+from dql import DiffusionQL
 from housekeeping import folder as folders
 from housekeeping import run as runs_module
-from housekeeping.folder import only_writer, seed_folders, start_folder, write_args
+from housekeeping.folder import seed_folders, start_folder, write_args
 
 
 @pytest.fixture
@@ -170,7 +167,7 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
 
 def test_lost_parts_are_written_again(run_left_alone, tmp_path, capsys):  # noqa: F811
     """Of a finished run and of one that goes on, from the run's checkpoint; what is lost is named."""
-    args, whole = run_left_alone(2)
+    _, whole = run_left_alone(2)
     for finished in (True, False):
         folder = Path(shutil.copytree(whole, tmp_path / f"run-{finished}"))
         shutil.rmtree(folder / "seed-1")
@@ -178,8 +175,8 @@ def test_lost_parts_are_written_again(run_left_alone, tmp_path, capsys):  # noqa
             (folder / "seed-0" / name).unlink()
         if not finished:
             (folder / "summary.json").unlink()
-        bad_input(lambda: dql.load_policy(folder / "seed-0", device="cpu"), "seed-0/checkpoint.pt is missing")
-        bad_input(lambda: dql.load_policy(folder / "seed-1", device="cpu"), "seed-1", "no args.json")
+        bad_input(partial(dql.load_policy, folder / "seed-0", device="cpu"), "seed-0/checkpoint.pt is missing")
+        bad_input(partial(dql.load_policy, folder / "seed-1", device="cpu"), "seed-1", "no args.json")
         capsys.readouterr()
         resume(folder)
         if finished:
@@ -193,7 +190,7 @@ def test_a_finished_run_that_lost_its_checkpoint_does_not_begin_anew(run_left_al
     for num_seeds in (1, 2):
         folder = Path(shutil.copytree(run_left_alone(num_seeds)[1], tmp_path / f"{num_seeds}"))
         (folder / "checkpoint.pt").unlink()
-        bad_input(lambda: resume(folder), f"{folder / 'checkpoint.pt'} is missing: put a copy there")
+        bad_input(partial(resume, folder), f"{folder / 'checkpoint.pt'} is missing: put a copy there")
         assert len(metrics(seed_folders(dql.read_args(folder), folder)[0])) == 6
 
 
@@ -215,7 +212,7 @@ class Marker:
 
 
 def test_damaged_checkpoints_get_one_line_and_run_no_code(unfinished, tmp_path):
-    """Cut off, a bit changed, not a number, of another program: refused by --resume and load_policy, with what to do."""
+    """Cut off, a bit changed, not a number, of another program: refused by --resume and load_policy, in a line."""
     path, mark = unfinished / "checkpoint.pt", tmp_path / "mark"
     whole, good = path.read_bytes(), read_torch(unfinished)
     rng = np.random.default_rng(0)
@@ -264,8 +261,9 @@ def test_args_and_checkpoint_of_two_runs_are_refused(change, unfinished):
 def test_broken_args_are_refused_or_act_as_the_whole_ones(unfinished):
     good = json.loads((unfinished / "args.json").read_text())
     wrong = {
-        "num_steps": (0, -1, 2.5, True, "2", None, [2]), "seed": (-1, 1.5, None, 2**63), "eta": ("1", True, float("nan"), -1.0),
-        "learning_rate": (0, "3e-4"), "num_seeds": (0, 1.5, 10**9), "schedule": ("sigmoid", 3), "env_id": ("x", 3, None),
+        "num_steps": (0, -1, 2.5, True, "2", None, [2]), "seed": (-1, 1.5, None, 2**63), "learning_rate": (0, "3e-4"),
+        "eta": ("1", True, float("nan"), -1.0), "num_seeds": (0, 1.5, 10**9), "schedule": (3,),
+        "env_id": ("x", 3, None),
         "batch_size": (2.5, 10**12), "max_q_backup": ("x", 7), "device": (3,), "compile": ("x", 1), "runs_dir": (3, []),
         "num_updates": (1.5, 10**30), "no_such_flag": (1,), "dataset_path": (3,),
     }  # fmt: skip
@@ -323,9 +321,15 @@ def test_a_second_writer_is_refused(tmp_path):
     args = dql.with_settings(tiny_args(tmp_path, num_updates=2))
     folder = start_folder(args)
     write_args(args, folder)
-    hold = f"import pathlib\nfrom housekeeping.folder import only_writer\nwith only_writer(pathlib.Path({str(folder)!r})): print(1); input()"
+    hold = """if True:
+        import pathlib, sys
+        from housekeeping.folder import only_writer
+        with only_writer(pathlib.Path(sys.argv[1])):
+            print(1)
+            input()
+    """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-uc", hold], cwd=ROOT, **pipes) as other:
+    with subprocess.Popen([sys.executable, "-uc", hold, str(folder)], cwd=ROOT, **pipes) as other:
         assert other.stdout.readline() == b"1\n"
         bad_input(lambda: resume(folder), "another process is writing")
         other.kill()
@@ -376,13 +380,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(run_left_alone, monkeypatch):  #
 def test_memory_that_ends_while_saving_leaves_the_last_checkpoint(run_left_alone, monkeypatch):  # noqa: F811
     args, whole = run_left_alone(1)
     folder = stop_at(args, 14)
-    before = (folder / "checkpoint.pt").read_bytes()
     for error in (MemoryError(), RuntimeError("[enforce fail at inline_container.cc:668] unexpected pos 64 vs 0")):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "save", on_call(2, torch.save, lambda error=error: (_ for _ in ()).throw(error)))
             bad_input(lambda: resume(folder), "no memory to write", "what was there before is whole")
-    assert read_torch(folder)["progress"]["step"] == torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]["step"]
-    assert len(before)
+    assert read_torch(folder)["progress"]["step"] == 13
     resume(folder)
     assert_same_end(whole, folder)
 

@@ -1,4 +1,4 @@
-"""Whole runs: the files they write, the same numbers for the same seed, evaluations, divergence, and policies of them."""
+"""Whole runs: the files they write, the same numbers for the same seed, divergence, scores, policies, memory."""
 
 import gc
 import itertools
@@ -313,7 +313,8 @@ def test_load_policy(tmp_path):
 
 
 @pytest.mark.parametrize("changes, flag", [
-    ({"batch_size": 10**8}, "--batch-size 100,000,000"), ({"eval_candidates": 2 * 10**8}, "--eval-candidates 200,000,000"),
+    ({"batch_size": 10**8}, "--batch-size 100,000,000"),
+    ({"eval_candidates": 2 * 10**8}, "--eval-candidates 200,000,000"),
 ])  # fmt: skip
 def test_what_cannot_fit_into_memory_is_refused_at_once(changes, flag, tmp_path):
     args, begun = tiny_args(tmp_path, **changes), time.perf_counter()
