@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from housekeeping.machine import instructions, processor_vendor
 
@@ -30,7 +31,8 @@ THIN = 32  # a product with a smaller dimension gains nothing: measured with bat
 
 def compiled(function: Callable, device: torch.device) -> Callable:
     """Compiles function whole, with the gradients that it takes, for the shapes it is called with."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", private_folder())
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):  # torch sets it when it is imported
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = private_folder()
     return torch.compile(function, fullgraph=True, dynamic=False, options=inductor_options(device))
 
 

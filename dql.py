@@ -629,8 +629,6 @@ def train(args: Args) -> dict:
         def save() -> None:
             run.save(fast_sampler.states_of(agents, len(seeds)), generators)
 
-        if args.resume:
-            save()  # parts of the folder may have been lost
         with run.training(save):  # signals are held back, until check_signals raises Stopped
             while run.last_row < args.num_updates:
                 run.advance(updates)  # draw and update (Algorithm 1), up to where there is something else to do
@@ -649,7 +647,7 @@ def train(args: Args) -> dict:
                 run.check_signals()
         summary = run.summarize()
         if video_env:
-            film(load_policy(run.seed_folders[0], args.seed, args.device), video_env, args.seed + 100, run.folder)
+            film(load_policy(run.seeds[0][0], args.seed, args.device), video_env, args.seed + 100, run.folder)
     return summary
 
 
@@ -671,7 +669,7 @@ def load_policy(run: str | Path, seed: int = 0, device: str = "auto", **acting) 
     args = replace(saved, device=device, **acting)
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and overwritten: not from the caller's generator
         agent = make_agent(args, saved.seed)
-    checkpoint.load_agents([agent], checkpoint.read_checkpoint(run, saved, agent.device), run)
+    checkpoint.load(checkpoint.read_checkpoint(run, saved, agent.device), run, [agent], [])
     generator = torch.Generator(agent.device).manual_seed(seed)
     return as_policy(lambda states: agent.act_fresh(states, generator), agent.state_dim, agent.action_dim, agent.device)
 

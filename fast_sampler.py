@@ -38,9 +38,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from d4rl_tasks import BadInput
+from d4rl_tasks import BadInput, reason
+from housekeeping import machine
 from housekeeping.arguments import SIDE_BY_SIDE
-from housekeeping.ending import first_line, out_of_memory
+from housekeeping.ending import out_of_memory
 
 Args = Batch = DiffusionQL = Any  # dql.py's, which are passed in: no file imports it
 WARM_UPS = 3  # lets libraries make their workspaces and torch.compile its kernels before a capture
@@ -99,22 +100,32 @@ def make_steps(
         keep_freed_memory()
     elif len(agents) > 1:
         agents, generators, eval_generators = [replicate(agents)], [generators], [eval_generators]
+    check_memory(args, agents[0])
     eager = [{name: getattr(agent, name) for name in COMPILED} for agent in agents]
-    if args.compile:
-        for agent in agents:
-            compile_agent(agent)
     build = captured_steps if args.cudagraphs else steps_in_turn
     try:
+        for agent in agents if args.compile else ():
+            compile_agent(agent)
         return agents, *build(args, agents, dataset, generators, eval_generators)
     except Exception as error:  # of a compiler: of any kind
         if isinstance(error, BadInput) or not args.compile:
             raise
         if not fall_back:
-            raise BadInput(f"--compile fails here ({first_line(error)}): give --no-compile") from None
-        print(f"warning: compiling fails here ({first_line(error)}): runs are eager, and slower", file=sys.stderr)
+            raise BadInput(f"--compile fails here ({reason(error)}): give --no-compile") from None
+        print(f"warning: compiling fails here ({reason(error)}): runs are eager, and slower", file=sys.stderr)
     for agent, methods in zip(agents, eager, strict=True):
         vars(agent).update(methods)
     return agents, *build(args, agents, dataset, generators, eval_generators)
+
+
+def check_memory(args: Args, agent: DiffusionQL) -> None:
+    """Raises BadInput if the layers' outputs alone, of a batch or of an evaluation's candidates, exceed memory."""
+    layers = [4 * layer.out_features for layer in agent.policy.trunk if isinstance(layer, nn.Linear)]  # bytes a row
+    chain = args.num_steps if agent.has_critics else 1  # kept for the gradient
+    at_once = args.num_seeds if agent.device.type == "cuda" else 1
+    machine.check_memory("--batch-size", args.batch_size, at_once * chain * sum(layers), agent.device)
+    states = at_once * min(args.eval_episodes, SIDE_BY_SIDE)
+    machine.check_memory("--eval-candidates", args.eval_candidates, states * 2 * max(layers), agent.device)
 
 
 def captured_steps(args, agents, dataset, generators, eval_generators) -> tuple[Callable, Callable]:
@@ -155,7 +166,7 @@ def enough_memory(flag: str) -> Iterator[None]:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        raise BadInput(f"out of memory ({first_line(error)}): try a smaller {flag} or --num-seeds") from None
+        raise BadInput(f"out of memory ({reason(error)}): try a smaller {flag} or --num-seeds") from None
 
 
 def compile_agent(agent: DiffusionQL) -> None:

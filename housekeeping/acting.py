@@ -1,14 +1,12 @@
 """A trained policy as a function for users, and a film of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from housekeeping.folder import files_beside
+from housekeeping.folder import write_whole
 
 
 def as_policy(act: Callable, state_dim: int, action_dim: int, device: torch.device) -> Callable:
@@ -28,11 +26,14 @@ def as_policy(act: Callable, state_dim: int, action_dim: int, device: torch.devi
 
 
 def film(policy: Callable, env, seed: int, folder: Path) -> None:
-    """Writes a video of one episode into a run's folder. Raises BadInput if it cannot be written."""
-    from gymnasium.wrappers import RecordVideo
+    """Writes video.mp4, of one episode, into a run's folder. Raises BadInput if it cannot be written."""
+    from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
 
-    with files_beside(folder) as beside, RecordVideo(env, str(beside), name_prefix="video", disable_logger=True) as env:
-        (state, _), ended = env.reset(seed=seed), False
-        while not ended:
-            state, _, terminated, truncated, _ = env.step(policy(state))
-            ended = terminated or truncated
+    (state, _), ended = env.reset(seed=seed), False
+    frames = [env.render()]
+    while not ended:
+        state, _, terminated, truncated, _ = env.step(policy(state))
+        frames.append(env.render())
+        ended = terminated or truncated
+    clip = ImageSequenceClip(frames, fps=env.metadata["render_fps"])
+    write_whole(folder / "video.mp4", lambda beside: clip.write_videofile(str(beside), logger=None))

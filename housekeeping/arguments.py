@@ -4,25 +4,23 @@ The dataclass itself, its defaults and the paper's settings are in dql.py. Whate
 line says how to mend it.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from contextlib import redirect_stderr
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import Any, get_args
 
 import tyro
 
 from d4rl_tasks import BadInput
 
-if TYPE_CHECKING:
-    from dql import Args
+Args = Any  # dql.py's dataclass: nothing here imports dql.py
 
 # What may change when a run is resumed. The data may have been moved: a checksum tells whether they are the same.
 FREE = ("resume", "runs_dir", "dataset_path", "device", "track", "capture_video", "compile", "cudagraphs")
@@ -65,13 +63,21 @@ def typed(args: Args) -> Args:
     Raises BadInput if a value is not of its field's type.
     """
     for f in fields(args):
-        value = getattr(args, f.name)
-        if value is not None and f.type in (Path, Path | None):
-            path = Path(value).expanduser() if isinstance(value, (str, Path)) else value
-            args = replace(args, **{f.name: Path(os.path.abspath(path)) if f.name == "dataset_path" else path})
-        if not fits(getattr(args, f.name), f.type):
-            raise BadInput(f"--{f.name.replace('_', '-')} cannot be {value!r} (see --help)")
+        name, value = f.name, getattr(args, f.name)
+        if f.type in (Path, Path | None) and isinstance(value, (str, Path)):
+            value = Path(value).expanduser()
+            value = Path(os.path.abspath(value)) if name == "dataset_path" else value
+            args = replace(args, **{name: value})
+            if any("\ud800" <= character <= "\udfff" for character in str(value)):
+                raise BadInput(f"{flag(name)} {str(value)!r} is not UTF-8, the only names that TensorBoard takes")
+        if not fits(value, f.type):
+            raise BadInput(f"{flag(name)} cannot be {value!r} (see --help)")
     return args
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return f"--{name.replace('_', '-')}"
 
 
 def fits(value: object, kind: object) -> bool:
@@ -104,7 +110,7 @@ def check_ranges(args: Args) -> None:
     ):  # fmt: skip
         for name in names.split():
             if not good(getattr(args, name)):
-                raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be {wanted}")
+                raise BadInput(f"{flag(name)} is {getattr(args, name)}, it must be {wanted}")
 
 
 # ----------------------------------------------------------------------------- args.json and resuming
@@ -134,33 +140,28 @@ def named(argv: list[str]) -> list[str]:
 def resumed(given: Args, saved: Args) -> Args:
     """The arguments of the run to resume, saved, with those that may change as given. Raises BadInput."""
     given = typed(given)
-    part, group = given.resume.resolve(), given.resume.resolve().parent
-    if re.fullmatch(r"seed-\d+", part.name) and (group / "args.json").exists():
-        raise BadInput(f"{given.resume} is a part of the run {group}: resume that, or a copy of the part elsewhere")
-    refuse_changes(given, saved, [f.name for f in fields(given) if getattr(given, f.name) != f.default])
-    free = {name: getattr(given, name) for name in (*FREE, "num_updates")}
-    not_given = {"device": "auto", "compile": None, "cudagraphs": None, "num_updates": None, "dataset_path": None}
-    args = replace(saved, **{k: v for k, v in free.items() if k not in not_given or v != not_given[k]})
+    whole = given.resume.resolve().parent
+    if re.fullmatch(r"seed-\d+", given.resume.resolve().name) and (whole / "args.json").exists():
+        raise BadInput(f"{given.resume} is a part of the run {whole}: resume that, or a copy of the part elsewhere")
+    changed = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) != f.default}
+    refuse_changes(given, saved, changed)
+    changed |= {name: getattr(given, name) for name in ("track", "capture_video")}  # of this process alone
+    args = replace(saved, **changed)
     check_ranges(args)
     return args
 
 
-def refuse_changes(given: Args, saved: Args, names: list[str]) -> None:
+def refuse_changes(given: Args, saved: Args, names: Iterable[str]) -> None:
     """Raises BadInput if an argument of these names, outside FREE, differs from the run's; num_updates may grow."""
-    differ = [
-        f"--{f.name.replace('_', '-')} {getattr(given, f.name)} (the run's: {getattr(saved, f.name)})"
-        for f in fields(given)
-        if f.name in names
-        and f.name not in FREE
-        and getattr(given, f.name) != getattr(saved, f.name)
-        and not (f.name == "num_updates" and may_grow(saved.num_updates, given.num_updates, saved.lr_decay))
-    ]
+    differ = [name for name in names if name not in FREE and getattr(given, name) != getattr(saved, name)]
+    if "num_updates" in differ and may_grow(saved.num_updates, given.num_updates, saved.lr_decay):
+        differ.remove("num_updates")
     if differ:
-        flags = ", ".join(differ)
-        but = " (updates may only grow in number, and not with --lr-decay)" if "--num-updates" in flags else ""
-        raise BadInput(f"a resumed run keeps its arguments; leave out {flags}{but}")
+        flags = [f"{flag(n)} {getattr(given, n)} (the run's: {getattr(saved, n)})" for n in differ]
+        but = " (updates may only grow in number, and not with --lr-decay)" if "num_updates" in differ else ""
+        raise BadInput(f"a resumed run keeps its arguments; leave out {', '.join(flags)}{but}")
 
 
-def may_grow(num_updates: object, more: object, lr_decay: bool) -> bool:
+def may_grow(num_updates: int, more: int, lr_decay: bool) -> bool:
     """Whether a run may be extended to more updates: what it has done must not depend on where it was to end."""
-    return type(num_updates) is type(more) is int and num_updates < more and not lr_decay
+    return num_updates < more and not lr_decay

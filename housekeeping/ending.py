@@ -1,7 +1,6 @@
 """How a program ends: signals, streams that can no longer be written, and every error as one line with an exit code."""
 
-from __future__ import annotations
-
+import codecs
 import os
 import signal
 import sys
@@ -39,10 +38,7 @@ class Stream:
 
     def write(self, text: str) -> int:
         with suppress(OSError, ValueError):  # ValueError: it is closed
-            try:
-                self.stream.write(text)
-            except UnicodeEncodeError:  # PYTHONIOENCODING=ascii, as in cron's jobs
-                self.stream.write(text.replace("±", "+-").encode("ascii", "backslashreplace").decode())
+            self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
@@ -50,17 +46,26 @@ class Stream:
             self.stream.flush()
 
 
+def in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """What is written for characters that a stream's encoding lacks: ASCII in cron's jobs, say."""
+    text = error.object[error.start : error.end].replace("±", "+-")
+    return text.encode("ascii", "backslashreplace").decode(), error.end
+
+
 def begin(program: str) -> None:
-    """Called before anything slow is imported: from now on a signal or a broken stream ends no program untidily.
+    """Called before anything slow is imported: from now on no signal and no broken stream leaves a traceback.
 
     A signal ends the process at once with one line. Nothing is lost: files are written beside and renamed, and while a
     run trains `held_signals` takes over.
     """
     with suppress(OSError):
-        while os.open(os.devnull, os.O_RDWR) <= 2:  # after 2>&- a data file would get stderr's number
-            pass
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # after 2>&- a data file would get stderr's number
+            os.set_inheritable(number, True)
+    codecs.register_error("in_ascii", in_ascii)
     for name in ("stdout", "stderr"):
-        setattr(sys, name, Stream(getattr(sys, name) or Path(os.devnull).open("w")))  # noqa: SIM115
+        stream = getattr(sys, name) or Path(os.devnull).open("w")  # noqa: SIM115
+        stream.reconfigure(errors="in_ascii")
+        setattr(sys, name, Stream(stream))
 
     def leave(signum: int, _: object) -> None:
         line = f"{program}: stopped by {signal.Signals(signum).name}; --resume continues a run that had started\n"
@@ -77,18 +82,20 @@ def run_main(program: str, main: Callable[[], object]) -> None:
     """Runs a program; what a user can mend becomes one line on stderr, and the exit code 2 or the error's own."""
     try:
         main()
+        return
     except KeyboardInterrupt:
         line, code = "interrupted; --resume continues a run that had started", 130
     except ModuleNotFoundError as error:
-        line, code = f"{error.name} is not installed: pip install -r requirements.txt", 2
+        package = error.name.split(".")[0]
+        line, code = f"{package} is not installed: pip install {package}", 2
     except Exception as error:
         line, code = str(error), getattr(error, "exit_code", 2)
         if out_of_memory(error):
-            line = f"out of memory ({first_line(error)}): try a smaller --batch-size or --num-seeds"
+            from d4rl_tasks import reason  # not above, where it would take time before signals are handled
+
+            line = f"out of memory ({reason(error)}): try a smaller --batch-size or --num-seeds"
         elif not hasattr(error, "exit_code") and not isinstance(error, OSError):
             raise  # a fault of the program's own
-    else:
-        return
     print(f"{program}: {line}", file=sys.stderr)
     sys.exit(code)
 
@@ -96,11 +103,6 @@ def run_main(program: str, main: Callable[[], object]) -> None:
 def out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, on a CPU or a GPU: torch raises RuntimeErrors that say so."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's message, or the name of its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

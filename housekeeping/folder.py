@@ -4,26 +4,20 @@
                                   TensorBoard's events; with several seeds, a folder seed-K for each with all of these
 """
 
-from __future__ import annotations
-
 import io
+import itertools
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from d4rl_tasks import BadInput
-from housekeeping.arguments import as_json
-
-if TYPE_CHECKING:
-    from dql import Args
+from d4rl_tasks import BadInput, reason
+from housekeeping.arguments import Args, as_json
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -51,73 +45,47 @@ def write_json(path: Path, contents: dict) -> None:
 def write_torch(path: Path, contents: dict) -> None:
     """torch.save by way of memory: straight to a file, it would not say why it failed."""
     buffer = io.BytesIO()
-    torch.save(contents, buffer)
+    try:
+        torch.save(contents, buffer)
+    except (MemoryError, RuntimeError) as error:  # torch hides the first behind the second
+        raise BadInput(f"no memory to write {path} ({reason(error)}); what was there before is whole") from None
     write_whole(path, lambda beside: beside.write_bytes(buffer.getbuffer()))
 
 
-@contextmanager
-def files_beside(folder: Path) -> Iterator[Path]:
-    """Yields the path of a folder to make and fill; at the end its files are moved into the folder given.
-
-    Raises BadInput if that fails.
-    """
-    beside = folder / ".part-files"
-    try:
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
-        yield beside
-        for path in beside.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
-            path.replace(folder / path.name)
-    except OSError as error:
-        raise BadInput(f"cannot write in {beside}: {error}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+def seed_runs(args: Args, folder: Path) -> list[tuple[Path, Args]]:
+    """Each seed's folder, and the arguments with which it could have been run alone."""
+    if args.num_seeds == 1:
+        return [(folder, args)]
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    return [(folder / f"seed-{seed}", replace(args, seed=seed, num_seeds=1)) for seed in seeds]
 
 
 def seed_folders(args: Args, folder: Path) -> list[Path]:
-    """The folder of each seed: the run's own, or with several seeds a folder within for each."""
-    if args.num_seeds == 1:
-        return [folder]
-    return [folder / f"seed-{seed}" for seed in range(args.seed, args.seed + args.num_seeds)]
-
-
-def of_each_seed(args: Args) -> list[Args]:
-    """The arguments with which each seed could have been run alone."""
-    return [replace(args, seed=args.seed + k, num_seeds=1) for k in range(args.num_seeds)]
+    """The folder of each seed: the run's own, or with several seeds one within for each."""
+    return [path for path, _ in seed_runs(args, folder)]
 
 
 def start_folder(args: Args) -> Path:
-    """Makes the run's folder and writes args.json. Raises BadInput if that fails."""
+    """Makes the folder of a new run. Raises BadInput if that fails."""
     last = f"-{args.seed + args.num_seeds - 1}" if args.num_seeds > 1 else ""
     name = f"{args.env_id}__dql__{args.seed}{last}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, others = args.runs_dir / name, 0
     try:
         args.runs_dir.mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
+        for others in itertools.count():  # runs that were started in the same second
+            folder = args.runs_dir / (f"{name}-{others}" if others else name)
+            with suppress(FileExistsError):
                 folder.mkdir()
                 break
-            except FileExistsError:
-                others += 1
-                folder = args.runs_dir / f"{name}-{others}"
-        try:
-            write_args(args, folder)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    except (OSError, ValueError) as error:  # ValueError: BadInput, and names that no system takes
-        why = error.strerror if isinstance(error, OSError) else error
-        raise BadInput(f"cannot write the run's folder {folder}: {why}; choose a --runs-dir") from None
+    except OSError as error:
+        raise BadInput(f"cannot make a folder in {args.runs_dir}: {error.strerror}; choose a --runs-dir") from None
     return folder
 
 
 def write_args(args: Args, folder: Path) -> None:
     """Writes args.json for each seed, whose folder is made if it is not there, and then for the run."""
-    if args.num_seeds > 1:
-        for path, own in zip(seed_folders(args, folder), of_each_seed(args), strict=True):
-            path.mkdir(exist_ok=True)
-            write_json(path / "args.json", as_json(own))
+    for path, own in seed_runs(args, folder):
+        path.mkdir(exist_ok=True)
+        write_json(path / "args.json", as_json(own))
     write_json(folder / "args.json", as_json(args))  # last, for it makes the folder one that can be resumed
 
 
@@ -134,8 +102,9 @@ def only_writer(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise BadInput(f"cannot write in {folder}: {error.strerror}") from None
     try:
-        if links := [path for path in folder.rglob("*") if path.is_symlink()]:
-            raise BadInput(f"{links[0]} is a link, and what it leads to would be overwritten: put the real one there")
+        for path in (*folder.glob("*"), *folder.glob("seed-*/*")):
+            if path.is_symlink():
+                raise BadInput(f"{path} is a link, and what it leads to would be overwritten: put the real one there")
         yield
     finally:
         lock.release()

@@ -1,10 +1,8 @@
 """The machine: devices, processors, memory, and the versions that a score depends on."""
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
-import os
+import math
 import platform
 import re
 from contextlib import suppress
@@ -27,22 +25,16 @@ def choose_device(name: str) -> torch.device:
         raise BadInput(f"--device {name} (given, found or resumed) cannot be used: {reason(error)}") from None
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a program can still take on the device; on systems that do not tell, very many."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError, AttributeError):
-        available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(available[1]) * 1024 if available else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 2**63
-
-
 def check_memory(flag: str, value: int, bytes_each: int, device: torch.device) -> None:
-    """Raises BadInput if value things of so many bytes cannot fit: rather than minutes of swapping, and a kill."""
-    needed, free = value * bytes_each, free_memory(device)
-    if needed > free:
-        raise BadInput(f"{flag} {value:,} needs {needed / 2**30:,.1f} GiB at least, {free / 2**30:,.1f} GiB are free: "
-                       f"at most {free // bytes_each:,} fit")  # fmt: skip
+    """Raises BadInput if value things of so many bytes cannot fit: rather than minutes of swapping, and a kill.
+
+    Systems other than Linux do not tell what is free.
+    """
+    found = re.search(r"MemAvailable:\s*(\d+)", path.read_text()) if (path := Path("/proc/meminfo")).exists() else None
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(found[1]) * 1024 if found else math.inf
+    if (needed := value * bytes_each) > free:
+        raise BadInput(f"{flag} {value:,} needs {needed / 2**30:,.1f} GiB of memory at least, and {free / 2**30:,.1f} "
+                       f"GiB are free: at most {free // bytes_each:,} fit")  # fmt: skip
 
 
 @functools.cache

@@ -1,27 +1,22 @@
 """What a run reports: rows of metrics.csv, curve.png, summary.json, and the text that ends it."""
 
-from __future__ import annotations
-
 import csv
 import gc
+import io
 import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d4rl_tasks import reason
-from housekeeping.folder import seed_folders, write_json, write_whole
+from housekeeping.arguments import Args
+from housekeeping.folder import seed_folders, seed_runs, write_json
 from housekeeping.machine import versions
-
-if TYPE_CHECKING:
-    from dql import Args
 
 SELECTIONS = ("last", "best", "offline")  # evaluations that are reported, see `select`
 
@@ -56,7 +51,7 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def write_curve(path: Path, rows: list[dict], args: Args, paper: tuple[float, float] | None) -> None:
+def write_curve(file: Path | io.BytesIO, rows: list[dict], args: Args, paper: tuple[float, float] | None) -> None:
     """Score (band: one standard deviation over episodes) and losses over updates."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -81,24 +76,20 @@ def write_curve(path: Path, rows: list[dict], args: Args, paper: tuple[float, fl
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    figure.savefig(path, format="png")
+    figure.savefig(file, format="png")
     del figure, left, right
     gc.collect()  # a figure is part of reference cycles: its megabytes would wait for the collector
 
 
-def curves_work(folder: Path, args: Args) -> bool:
+def curves_work(args: Args) -> bool:
     """Whether curve.png can be drawn here; if not, says why: a picture never costs a run."""
-    path = folder / ".part-curve.png"
+    row = dict.fromkeys(("score", "score_std", "critic_loss", "bc_loss", "q_loss"), 1.0)
     try:
-        row = {"step": 1, "score": 0.0, "score_std": 0.0, "critic_loss": 1.0, "bc_loss": 1.0, "q_loss": 1.0}
-        write_curve(path, [row], args, None)
-        return True
+        write_curve(io.BytesIO(), [{"step": 1, **row}], args, None)
     except Exception as error:  # matplotlib is missing, or its settings are broken in one of many ways
         print(f"warning: no curve.png will be drawn: {reason(error)}", file=sys.stderr)
         return False
-    finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+    return True
 
 
 def q_alarm(reward: Tensor, args: Args) -> Callable[[list[dict]], None]:
@@ -120,30 +111,22 @@ def q_alarm(reward: Tensor, args: Args) -> Callable[[list[dict]], None]:
     return warn
 
 
-def write_rows(args: Args, folder: Path, history: list[list[dict]], paper: tuple | None, curves: bool) -> None:
-    """Writes each seed's metrics.csv and, after an evaluation, its curve.png."""
-    for k, (path, rows) in enumerate(zip(seed_folders(args, folder), history, strict=True)):
-        write_whole(path / "metrics.csv", lambda beside, rows=rows: write_metrics(beside, rows))
-        if rows[-1]["score"] != "" and curves:
-            own = replace(args, seed=args.seed + k)
-            write_whole(path / "curve.png", lambda beside, rows=rows, own=own: write_curve(beside, rows, own, paper))
-
-
-def summarize(args: Args, folder: Path, history: list[list[dict]], device: torch.device, paper: tuple | None) -> dict:
+def summarize(args: Args, folder: Path, history: list[list[dict]], paper: tuple | None, device: torch.device) -> dict:
     """Writes each seed's summary.json and, with several seeds, that of all, with mean and spread; returns the run's."""
+    last = history[0][-1]
     common = {
         "env_id": args.env_id,
-        "num_updates": history[0][-1]["step"],
+        "num_updates": last["step"],
         "paper": paper,
-        "updates_per_second": history[0][-1]["step"] / history[0][-1]["seconds"],
-        "seconds": history[0][-1]["seconds"],
+        "updates_per_second": last["step"] / last["seconds"],
+        "seconds": last["seconds"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": versions(device),
     }
     summaries = []
-    for k, (path, rows) in enumerate(zip(seed_folders(args, folder), history, strict=True)):
-        summaries.append(common | {"seed": args.seed + k, **select(rows, args), "folder": str(path)})
-        write_json(path / "summary.json", summaries[k])
+    for (path, own), rows in zip(seed_runs(args, folder), history, strict=True):
+        summaries.append(common | {"seed": own.seed, **select(rows, own), "folder": str(path)})
+        write_json(path / "summary.json", summaries[-1])
     if args.num_seeds == 1:
         return summaries[0]
     summary = common | {"seed": args.seed, "num_seeds": args.num_seeds, "folder": str(folder)}
@@ -155,19 +138,19 @@ def summarize(args: Args, folder: Path, history: list[list[dict]], device: torch
 
 
 def finished(args: Args, folder: Path) -> dict | None:
-    """The summary of a run that has made all its updates and whose files are all there; None for any other."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
+    """The summary of a run that has made all its updates; None for any other. Says which of its files are missing."""
+    names = ("args.json", "checkpoint.pt", "metrics.csv", "summary.json")
+    files = {folder / "checkpoint.pt", *(path / name for path in seed_folders(args, folder) for name in names)}
+    if args.capture_video:
+        files.add(folder / "video.mp4")
+    with suppress(OSError, ValueError, KeyError, TypeError):
         summary = json.loads((folder / "summary.json").read_text())
-        report(summary)  # raises where it is none
-        if args.capture_video and not any(folder.glob("video*.mp4")):
-            return None
-        files = [path / name for path in seed_folders(args, folder) for name in
-                 ("args.json", "checkpoint.pt", "metrics.csv", "summary.json")]  # fmt: skip
-        missing = [str(path) for path in (*files, folder / "checkpoint.pt") if not path.exists()]
-        if missing:
-            print(f"missing, to be written again from the run's checkpoint: {', '.join(missing)}", file=sys.stderr)
-        elif summary["num_updates"] == args.num_updates:
-            return summary
+        if summary["num_updates"] == args.num_updates:
+            missing = sorted(str(path) for path in files if not path.exists())
+            if not missing:
+                return summary
+            if (folder / "checkpoint.pt").exists():  # otherwise nothing can be, as the next error says
+                print(f"missing, and written again: {', '.join(missing)}", file=sys.stderr)
     return None
 
 

@@ -1,27 +1,26 @@
 """A run while it trains: where it stands, and what it writes into its folder."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d4rl_tasks import BadInput, reason
-from housekeeping import checkpoint, report
+from housekeeping import report
+from housekeeping.arguments import Args, as_json
+from housekeeping.checkpoint import all_finite, load, read_checkpoint
 from housekeeping.ending import Diverged, Stopped, held_signals
-from housekeeping.folder import only_writer, seed_folders, start_folder, write_args
-
-if TYPE_CHECKING:
-    from dql import Args, DiffusionQL
+from housekeeping.folder import only_writer, seed_runs, start_folder, write_args, write_torch, write_whole
+from housekeeping.machine import versions
 
 GROUP = 10  # captured updates are made in groups of so many: between two groups the program looks for signals
 
@@ -35,56 +34,73 @@ class Run:
     def __init__(self, args: Args, device: torch.device, data: dict[str, np.ndarray], losses: Sequence[str],
                  paper: tuple[float, float] | None):  # fmt: skip
         self.args, self.device, self.losses, self.paper = args, device, losses, paper
-        sums, history = torch.zeros(args.num_seeds, len(losses), device=device), [[] for _ in range(args.num_seeds)]
-        self.progress = checkpoint.Progress(0, sums, 0.0, history, checkpoint.checksum(data))
+        self.step = self.kept = 0  # updates made, and those that the last checkpoint holds
+        self.sums = torch.zeros(args.num_seeds, len(losses), device=device)  # of losses since the last row
+        self.seconds = 0.0  # spent on updates since the last row
+        self.history = [[] for _ in range(args.num_seeds)]  # the rows of each seed's metrics.csv
+        self.data = 0  # a checksum
+        for name in sorted(data):
+            self.data = zlib.crc32(np.ascontiguousarray(data[name]), self.data)
         self.folder = args.resume or start_folder(args)
-        self.seed_folders = seed_folders(args, self.folder)
+        self.seeds = seed_runs(args, self.folder)  # each seed's folder and arguments
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """No other process writes the folder. If the block fails before the first update, a new folder is removed."""
-        with only_writer(self.folder):
-            try:
-                if self.args.resume:
-                    write_args(self.args, self.folder)  # the number of updates, the device, ... may have changed
+        try:
+            with only_writer(self.folder):
+                write_args(self.args, self.folder)
                 yield
-            except BaseException:
-                if not self.args.resume and self.step == 0:
-                    shutil.rmtree(self.folder, ignore_errors=True)
-                raise
-
-    def restore(self, agents: list[DiffusionQL], generators: list[torch.Generator]) -> None:
-        """Restores a resumed run, agents and generators from its checkpoint. Raises BadInput."""
-        if self.args.resume and (self.folder / "checkpoint.pt").exists():
-            self.progress = checkpoint.restore(self.args, agents, generators, self.progress)
+        except BaseException:
+            if not self.args.resume and self.step == 0:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     @contextmanager
     def training(self, save: Callable[[], None]) -> Iterator[None]:
         """Opens logs and holds signals back; if one arrives, save() is called before Stopped ends the block."""
+        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        self.curves = report.curves_work(self.folder, self.args)
+        if self.args.track:
+            self.track()
+        self.curves, self.writers = report.curves_work(self.args), []
         self.bar = tqdm(total=self.args.num_updates, initial=self.step, mininterval=0.5 if sys.stderr.isatty() else 60)
-        with self.bar, self.open_writers() as self.writers, held_signals() as self.check_signals:
-            try:
-                yield
-            except Stopped as stopped:
+        try:
+            # events of an interrupted run after its last checkpoint are hidden: they come again
+            self.writers = [SummaryWriter(path, purge_step=self.step + 1) for path, _ in self.seeds]
+            if self.args.resume:  # files may have been lost
                 save()
-                where = f"stopped at update {self.step:,} of {self.args.num_updates:,}"
-                raise Stopped(stopped.signum, f"{where}; to go on: --resume {self.folder}") from None
+                self.write_rows()
+            with self.bar, held_signals() as self.check_signals:
+                yield
+        except Stopped as stopped:
+            save()
+            where = f"stopped at update {self.step:,} of {self.args.num_updates:,}"
+            raise Stopped(stopped.signum, f"{where}; to go on: --resume {self.folder}") from None
+        except OSError as error:  # of TensorBoard, on a full disk say
+            raise BadInput(f"cannot write in {self.folder}: {error.strerror or error}") from None
+        finally:
+            for writer in self.writers:
+                with suppress(OSError):  # of a full disk, which has been told
+                    writer.close()
+
+    def track(self) -> None:
+        """Copies TensorBoard's events to Weights & Biases. Raises BadInput."""
+        import wandb
+
+        try:
+            wandb.init(project="dql", name=self.folder.name, dir=self.folder, config=asdict(self.args),
+                       sync_tensorboard=True)  # fmt: skip
+        except Exception as error:  # it has errors of its own for each way not to be logged in
+            raise BadInput(f"--track: {reason(error)}") from None
 
     # --- where it stands
 
     @property
-    def step(self) -> int:
-        """How many updates have been made."""
-        return self.progress.step
-
-    @property
     def last_row(self) -> int:
         """The update at which the last row of metrics.csv ends."""
-        history = self.progress.history[0]
-        return history[-1]["step"] if history else 0
+        return self.history[0][-1]["step"] if self.history[0] else 0
 
     @property
     def next_row(self) -> int:
@@ -101,9 +117,8 @@ class Run:
         stop = min(self.next_row, following(self.step, self.args.checkpoint_every), following(self.step, group))
         if n := stop - self.step:
             begun = time.perf_counter()
-            self.progress.sums = self.progress.sums + updates(n)
-            self.progress.step = stop
-            self.progress.seconds += time.perf_counter() - begun
+            self.sums, self.step = self.sums + updates(n), stop
+            self.seconds += time.perf_counter() - begun
             self.bar.update(n)
 
     def while_evaluating(self, ended: int) -> None:
@@ -112,18 +127,17 @@ class Run:
         if time.time() - self.bar.last_print_t > self.bar.mininterval:
             self.bar.set_postfix_str(f"evaluating: {ended} of {self.args.num_seeds * self.args.eval_episodes} episodes")
 
-    # --- what it writes
+    # --- rows
 
     def end_row(self) -> list[dict]:
         """For each seed the row of metrics.csv that ends now, still without a score. Raises Diverged."""
-        begun, progress = time.perf_counter(), self.progress
+        begun = time.perf_counter()
         self.check_finite([])  # waits for the device
-        progress.seconds += time.perf_counter() - begun
-        count = self.step - self.last_row
-        before = progress.history[0][-1]["seconds"] if progress.history[0] else 0.0
-        rest = {"score": "", "score_std": "", "updates_per_second": count / progress.seconds,
-                "seconds": before + progress.seconds}  # fmt: skip
-        means = (progress.sums / count).tolist()
+        self.seconds += time.perf_counter() - begun
+        count, before = self.step - self.last_row, self.history[0][-1]["seconds"] if self.history[0] else 0.0
+        rest = {"score": "", "score_std": "", "updates_per_second": count / self.seconds,
+                "seconds": before + self.seconds}  # fmt: skip
+        means = (self.sums / count).tolist()
         return [{"step": self.step, **dict(zip(self.losses, mean, strict=True)), **rest} for mean in means]
 
     def add_scores(self, rows: list[dict], scores: np.ndarray) -> None:
@@ -134,80 +148,86 @@ class Run:
 
     def log(self, rows: list[dict]) -> None:
         """Writes each seed's row to TensorBoard, metrics.csv and, with a score, curve.png; begins the next."""
-        progress = self.progress
-        for of_seed, row, writer in zip(progress.history, rows, self.writers, strict=True):
+        for of_seed, row, writer in zip(self.history, rows, self.writers, strict=True):
             of_seed.append(row)
-            values = {name: value for name, value in row.items() if name != "step" and value != ""}
-            for name, value in values.items():
-                kind = "losses" if name in self.losses else "charts"
-                with writing_events(self.folder):
-                    writer.add_scalar(f"{kind}/{name}", value, row["step"])
-        progress.sums, progress.seconds = torch.zeros_like(progress.sums), 0.0
-        report.write_rows(self.args, self.folder, progress.history, self.paper, self.curves)
+            for name, value in row.items():
+                if name != "step" and value != "":
+                    writer.add_scalar(f"{'losses' if name in self.losses else 'charts'}/{name}", value, row["step"])
+        self.sums, self.seconds = torch.zeros_like(self.sums), 0.0
+        self.write_rows()
+
+    def write_rows(self) -> None:
+        for (folder, args), rows in zip(self.seeds, self.history, strict=True):
+            if rows:
+                write_whole(folder / "metrics.csv", partial(report.write_metrics, rows=rows))
+            if rows and rows[-1]["score"] != "" and self.curves:
+                write_whole(folder / "curve.png", partial(report.write_curve, rows=rows, args=args, paper=self.paper))
+
+    def summarize(self) -> dict:
+        """Writes summary.json, of each seed and of all; returns the run's."""
+        return report.summarize(self.args, self.folder, self.history, self.paper, self.device)
+
+    # --- checkpoints
 
     def save(self, states: list[dict], generators: list[torch.Generator]) -> None:
-        """Writes a checkpoint. Raises Diverged before anything is written, and BadInput if writing fails."""
+        """Writes a checkpoint of each seed, usable by itself, and then that of all, from which the run is resumed.
+
+        states are those of the seeds' agents. Raises Diverged before anything is written, and BadInput if writing
+        fails; then the old checkpoints are as they were.
+        """
         self.check_finite(states)
-        checkpoint.save(self.args, self.folder, states, generators, self.progress)
+        self.kept, numbers = self.step, [generator.get_state() for generator in generators]
+
+        def write(folder: Path, args: Args, seeds: slice) -> None:
+            progress = {"step": self.step, "sums": self.sums[seeds].clone(), "seconds": self.seconds,
+                        "history": self.history[seeds], "data": self.data, "kept": self.kept}  # fmt: skip
+            write_torch(folder / "checkpoint.pt", {
+                "agents": states[seeds], "generators": numbers[seeds], "progress": progress, "args": as_json(args),
+                "versions": versions(self.device), "device": self.device.type,
+            })  # fmt: skip
+
+        if self.args.num_seeds > 1:
+            for k, (folder, args) in enumerate(self.seeds):
+                write(folder, args, slice(k, k + 1))
+        write(self.folder, self.args, slice(None))
+
+    def restore(self, agents: list, generators: list[torch.Generator]) -> None:
+        """Restores a resumed run, agents and generators from its checkpoint, if it has made one.
+
+        Raises BadInput if the checkpoint is damaged, or of another run, device or data. Warns if versions differ.
+        """
+        has_begun = any((self.folder / name).exists() for name in ("checkpoint.pt", "summary.json"))
+        if not (self.args.resume and has_begun):
+            return
+        checkpoint = read_checkpoint(self.folder, self.args, self.device)
+        if checkpoint["device"] != self.device.type:
+            raise BadInput(f"{self.folder} ran on {checkpoint['device']}, and resumes exactly only there: see --device")
+        if checkpoint["progress"]["data"] != self.data:
+            raise BadInput(f"the data are no longer those that {self.folder} began with: bring those back, or begin a "
+                           "new run")  # fmt: skip
+        load(checkpoint, self.folder, agents, generators)
+        vars(self).update(checkpoint["progress"])
+        path = {name: getattr(self.args, name) for name in ("compile", "cudagraphs")}
+        for name, value in (versions(self.device) | path).items():
+            before = (checkpoint["versions"] | checkpoint["args"]).get(name)
+            if before != value:
+                print(f"warning: {name} was {before} and is {value}: results may differ in rounding", file=sys.stderr)
 
     def check_finite(self, states: list[dict]) -> None:
         """Raises Diverged if summed losses, or parameters in the states of the seeds' agents, are not finite."""
-        fine = dict(zip(self.losses, self.progress.sums.isfinite().T, strict=True))
+        fine = dict(zip(self.losses, self.sums.isfinite().T, strict=True))
         for name in states[0] if states else ():
             fine[f"{name}'s parameters"] = torch.stack([all_finite(state[name]) for state in states])
         table = torch.stack(list(fine.values())).cpu()
         if not table.all():
             bad = ", ".join(name for name, of_seeds in zip(fine, table, strict=True) if not of_seeds.all())
             seeds = ", ".join(str(self.args.seed + k) for k, of_all in enumerate(table.T) if not of_all.all())
-            kept = self.progress.kept
-            left = f"{self.folder / 'checkpoint.pt'} is of update {kept:,}" if kept else "there is no checkpoint yet"
+            path = self.folder / "checkpoint.pt"
+            left = f"{path} is of update {self.kept:,}" if self.kept else "there is no checkpoint yet"
             raise Diverged(f"{bad} not finite in updates {self.last_row + 1:,} to {self.step:,}, seed {seeds}; {left}. "
                            "Try a smaller --learning-rate, --eta or --grad-norm")  # fmt: skip
-
-    def summarize(self) -> dict:
-        """Writes summary.json, of each seed and of all; returns the run's."""
-        return report.summarize(self.args, self.folder, self.progress.history, self.device, self.paper)
-
-    @contextmanager
-    def open_writers(self) -> Iterator[list]:
-        """Yields a TensorBoard writer for each seed; what an interrupted run logged after this step is hidden.
-
-        With --track it also starts Weights & Biases. Raises BadInput.
-        """
-        from torch.utils.tensorboard import SummaryWriter
-
-        if self.args.track:
-            import wandb
-
-            try:
-                wandb.init(project="dql", name=self.folder.name, config=asdict(self.args), sync_tensorboard=True)
-            except Exception as error:  # it has errors of its own for each way not to be logged in
-                raise BadInput(f"--track: {reason(error)}") from None
-        with writing_events(self.folder):
-            writers = [SummaryWriter(path, purge_step=self.step + 1) for path in self.seed_folders]
-        try:
-            yield writers
-        finally:
-            for writer in writers:
-                with suppress(OSError):  # of a full disk, which has been told
-                    writer.close()
-
-
-@contextmanager
-def writing_events(folder: Path) -> Iterator[None]:
-    """Raises BadInput if TensorBoard cannot write, on a full disk say."""
-    try:
-        yield
-    except OSError as error:
-        raise BadInput(f"cannot write TensorBoard's events in {folder}: {error.strerror or error}") from None
 
 
 def following(step: int, every: int) -> int:
     """The next multiple of every after step."""
     return (step // every + 1) * every
-
-
-def all_finite(state: dict | list | Tensor) -> Tensor:
-    """Whether all tensors in a nested state are finite, (): a device tensor, which is not waited for."""
-    leaves = torch.utils._pytree.tree_leaves(state)
-    return torch.stack([x.isfinite().all() for x in leaves if isinstance(x, Tensor)]).all()
