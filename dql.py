@@ -41,6 +41,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -56,8 +57,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import d4rl_tasks
 import fast_sampler
-from d4rl_tasks import TASKS, BadInput, load_dataset, make_envs, normalized_score, rendering_env, step_each, task_of
+from d4rl_tasks import BadInput, find_task, load_dataset, make_envs, normalized_score, rendering_env, step_each
 from housekeeping import arguments, checkpoint, machine, report
 from housekeeping.acting import as_policy, film
 from housekeeping.ending import run_main
@@ -70,9 +72,12 @@ class Args:
 
     # --- what to run
     env_id: str = "halfcheetah-demo-v0"
-    """one of D4RL's twenty tasks (an unknown id lists them), or the embedded demo data set"""
+    """one of D4RL's twenty tasks (an unknown id lists them), the embedded demo data set, one of OGBench's single tasks
+    (cube-single-play-singletask-v0), or with --dataset-path any that gymnasium makes: Pendulum-v1, module:Env-v0"""
     dataset_path: Path | None = None
-    """data to train on instead of the task's own: a D4RL HDF5 file, or the folder of a Minari data set"""
+    """data to train on instead of the task's own: a D4RL HDF5 file, an .npz file, or the folder of a Minari data set"""
+    score_range: tuple[float, float] | None = None
+    """LOW HIGH, the returns of scores 0 and 100 in an environment of your own; otherwise scores are returns"""
     env_backend: Literal["maintained", "d4rl"] = "maintained"
     """environments: gymnasium and mujoco made equal to D4RL's, or the real d4rl (requirements-classic.txt)"""
     seed: int = 0
@@ -115,8 +120,12 @@ class Args:
     """Eq. 4 with the best of 10 next actions"""
     reward: Literal["none", "standardize", "antmaze"] | None = None
     """reward transform: none; standardize: (r - mean) / std; antmaze: 4 (r - 1/2)"""
-    gamma: float = 0.99
-    """discount"""
+    gamma: float | None = None
+    """discount: 0.99, and 0.995 in OGBench's long tasks"""
+    hidden_dim: int = 256
+    """width of the hidden layers of policy and critics"""
+    hidden_layers: int = 3
+    """number of these layers"""
     tau: float = 0.005
     """rate of the critics' targets, every update"""
     average_decay: float = 0.995
@@ -188,12 +197,14 @@ SETTINGS = {
     "kitchen-mixed-v0": Settings(0.005, False, 10.0, 3e-4, 1_000_000, "none", 0, (62.6, 5.1)),
 }
 
+# Other tasks: the medians of the paper's gym tasks, and half as many updates
+OTHERS = Settings(1.0, False, 5.0, 3e-4, 1_000_000, "none", 1, None, eval_episodes=50)
+
 
 def with_settings(args: Args) -> Args:
     """Fills in every None that the task's settings answer. Raises BadInput if a value makes no sense."""
     args = arguments.typed(args)
-    task_of(args.env_id)
-    settings = SETTINGS[args.env_id]._asdict()
+    settings = SETTINGS.get(args.env_id, OTHERS)._asdict() | {"gamma": d4rl_tasks.reference_gamma(args.env_id)}
     args = replace(args, **{k: v for k, v in settings.items() if k != "paper" and getattr(args, k) is None})
     if args.eval_candidates is None:
         args = replace(args, eval_candidates=50 if args.eta > 0 else 1)
@@ -243,12 +254,13 @@ TIME_DIM = 16
 class DiffusionPolicy(nn.Module):
     """pi(a | s): the reverse chain of a diffusion model, noise predictor eps(a^i, i, s) (section 3, Eq. 1)."""
 
-    def __init__(self, state_dim: int, action_dim: int, max_action: float = 1.0, num_steps: int = 5, schedule="vp"):
+    def __init__(self, state_dim: int, action_dim: int, max_action: float = 1.0, num_steps: int = 5, schedule="vp",
+                 hidden: Sequence[int] = (256, 256, 256)):  # fmt: skip
         super().__init__()
         self.max_action = max_action
         self.time_mlp = mlp(TIME_DIM, 2 * TIME_DIM, TIME_DIM)
-        self.trunk = mlp(action_dim + TIME_DIM + state_dim, 256, 256, 256).append(Mish())
-        self.output = nn.Linear(256, action_dim)
+        self.trunk = mlp(action_dim + TIME_DIM + state_dim, *hidden).append(Mish())
+        self.output = nn.Linear(hidden[-1], action_dim)
 
         beta = beta_schedule(schedule, num_steps)
         alpha_bar = torch.cumprod(1 - beta, 0)
@@ -295,10 +307,10 @@ class DiffusionPolicy(nn.Module):
 class TwinQ(nn.Module):
     """Q_1 and Q_2: state (B, S), action (B, A) -> two of (B,)."""
 
-    def __init__(self, state_dim: int, action_dim: int):
+    def __init__(self, state_dim: int, action_dim: int, hidden: Sequence[int] = (256, 256, 256)):
         super().__init__()
-        self.q1 = mlp(state_dim + action_dim, 256, 256, 256, 1)
-        self.q2 = mlp(state_dim + action_dim, 256, 256, 256, 1)
+        self.q1 = mlp(state_dim + action_dim, *hidden, 1)
+        self.q2 = mlp(state_dim + action_dim, *hidden, 1)
 
     def forward(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.cat([state, action], -1)
@@ -361,9 +373,10 @@ class DiffusionQL:
         self.args = args = with_settings(args)
         self.device = machine.choose_device(args.device)
         self.state_dim, self.action_dim = state_dim, action_dim
-        self.policy = DiffusionPolicy(state_dim, action_dim, 1.0, args.num_steps, args.schedule).to(self.device)
+        hidden = args.hidden_layers * (args.hidden_dim,)
+        self.policy = DiffusionPolicy(state_dim, action_dim, 1.0, args.num_steps, args.schedule, hidden).to(self.device)
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
-        self.critic = TwinQ(state_dim, action_dim).to(self.device)
+        self.critic = TwinQ(state_dim, action_dim, hidden).to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.policy_opt = self.adam(self.policy, args.learning_rate)
         self.critic_opt = self.adam(self.critic, self.critic_learning_rate)
@@ -552,11 +565,10 @@ def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -
     return batch
 
 
-def make_agent(args: Args, seed: int) -> DiffusionQL:
-    """The agent of one seed. On a CPU the run's generator begins with the numbers that its weights were made of."""
-    torch.manual_seed(seed)
-    task = TASKS[args.env_id]
-    return DiffusionQL(task.state_dim, task.action_dim, replace(args, seed=seed))
+def make_agent(args: Args, seed: int, widths: tuple[int, int] | None = None) -> DiffusionQL:
+    """The agent of one seed, for states and actions of these widths, or else of D4RL's task."""
+    torch.manual_seed(seed)  # on a CPU the run's generator begins with the numbers that the weights are made of
+    return DiffusionQL(*(widths or d4rl_tasks.task_of(args.env_id).widths), replace(args, seed=seed))
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -591,9 +603,11 @@ def eval_noise_seed(seed: int, step: int) -> int:
 # ----------------------------------------------------------------------------- the run
 
 
-def train(args: Args) -> dict:
+def train(args: Args, data: dict[str, np.ndarray] | None = None, make_env: Callable | None = None) -> dict:
     """Trains, evaluates and writes the run's folder; returns the contents of summary.json.
 
+    data: arrays instead of a file: observations, actions, rewards, terminals, and next_observations or timeouts.
+    make_env(): an environment of gymnasium's interface instead of the one that args.env_id names.
     Raises BadInput, Stopped (on SIGTERM, SIGHUP or SIGINT, after a checkpoint) and Diverged.
     """
     compile_asked = bool(args.compile)
@@ -605,17 +619,18 @@ def train(args: Args) -> dict:
     args = fast_sampler.choose_path(args, device)
     seeds = range(args.seed, args.seed + args.num_seeds)
 
-    data = load_dataset(args.env_id, args.dataset_path, args.env_backend)
+    task = find_task(args.env_id, args.env_backend, args.score_range, make_env)
+    data = load_dataset(task, args.dataset_path if data is None else data)
     dataset = make_batch(data, args.reward, device)
     env_seeds = np.add.outer(seeds, 100 + np.arange(args.eval_episodes))
     rounds = np.split(env_seeds, -(-args.eval_episodes // arguments.SIDE_BY_SIDE), axis=1)
-    envs = make_envs(args.env_id, rounds[0].size, args.env_backend)
-    video_env = rendering_env(args.env_id, args.env_backend) if args.capture_video else None
-    agents = [make_agent(args, seed) for seed in seeds]
+    envs = make_envs(task, rounds[0].size)
+    video_env = rendering_env(task) if args.capture_video else None
+    agents = [make_agent(args, seed, task.widths) for seed in seeds]
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     eval_generators = [torch.Generator(device) for _ in seeds]
 
-    run = Run(args, device, data, LOSSES, SETTINGS[args.env_id].paper)
+    run = Run(args, device, data, LOSSES, SETTINGS.get(args.env_id, OTHERS).paper)
     with run.locked():
         run.restore(agents, generators)
         print(f"{run.folder}: {len(dataset.state):,} transitions, updates {run.step:,} to {args.num_updates:,} "
@@ -640,7 +655,7 @@ def train(args: Args) -> dict:
                         for seed, generator in zip(seeds, eval_generators, strict=True):
                             generator.manual_seed(eval_noise_seed(seed, run.step))
                         returns = [evaluate(act, envs, some, device, run.while_evaluating) for some in rounds]
-                        run.add_scores(rows, normalized_score(args.env_id, np.concatenate(returns, axis=1)))
+                        run.add_scores(rows, normalized_score(task, np.concatenate(returns, axis=1)))
                     run.log(rows)  # metrics.csv, TensorBoard, curve.png
                 if evaluation_due or run.step % args.checkpoint_every == 0:
                     save()
@@ -659,7 +674,8 @@ def read_args(folder: Path) -> Args:
 def load_policy(run: str | Path, seed: int = 0, device: str = "auto", **acting) -> Callable:
     """A run's trained policy: a function from states (S,) or (E, S), numpy or torch, to actions of the same kind.
 
-    It acts as the run's evaluations do, unless told otherwise by eval_candidates, eval_temperature or eval_average.
+    Its actions are in the environment's bounds. It acts as the run's evaluations do, unless told otherwise by
+    eval_candidates, eval_temperature or eval_average.
     Raises BadInput if the folder holds no such run; the policy raises ValueError if states have another width.
     """
     run = Path(run)
@@ -667,11 +683,13 @@ def load_policy(run: str | Path, seed: int = 0, device: str = "auto", **acting) 
     if saved.num_seeds > 1:
         raise BadInput(f"{run} holds {saved.num_seeds} policies: give one of its folders seed-*")
     args = replace(saved, device=device, **acting)
+    kept = checkpoint.read_checkpoint(run, saved, machine.choose_device(device))
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and overwritten: not from the caller's generator
-        agent = make_agent(args, saved.seed)
-    checkpoint.load(checkpoint.read_checkpoint(run, saved, agent.device), run, [agent], [])
+        agent = make_agent(args, saved.seed, checkpoint.widths(kept))
+    checkpoint.load(kept, run, [agent], [])
     generator = torch.Generator(agent.device).manual_seed(seed)
-    return as_policy(lambda states: agent.act_fresh(states, generator), agent.state_dim, agent.action_dim, agent.device)
+    act = partial(agent.act_fresh, generator=generator)
+    return as_policy(act, agent.state_dim, agent.action_dim, agent.device, kept.get("action_bounds"))
 
 
 def main() -> None:

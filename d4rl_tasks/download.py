@@ -14,7 +14,7 @@ TIMEOUT = (2.0, 20.0)  # seconds to connect to one address, and seconds without 
 PAUSE = 1.0  # seconds until a server is asked again
 
 
-def download(url: str, path: Path, sha256: str, check: Callable[[Path], object]) -> None:
+def download(url: str, path: Path, sha256: str, check: Callable[[Path], object], mirrored: bool = True) -> None:
     """Fetches url, or else the mirror's file of that name, to path, where only a whole and checked file appears.
 
     sha256 is empty where it is unknown; check(file) raises BadInput if the contents are wrong.
@@ -30,7 +30,8 @@ def download(url: str, path: Path, sha256: str, check: Callable[[Path], object])
             print(f"another process is downloading {path.name}: waiting for it", file=sys.stderr)
             held = lock.acquire()
         with held:  # another process may have brought it
-            failed = None if path.exists() else _fetch([url, MIRROR + path.name], path, sha256, check)
+            urls = [url, MIRROR + path.name] if mirrored else [url]
+            failed = None if path.exists() else _fetch(urls, path, sha256, check)
     except (OSError, NotImplementedError) as error:  # the folder, the disk, a file system without locks
         failed = reason(error)
     if failed:

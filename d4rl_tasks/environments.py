@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from d4rl_tasks.tasks import BadInput, package, reason, task_of
+from d4rl_tasks.tasks import BadInput, Task, package, reason, task_of
 
 if TYPE_CHECKING:
     import gymnasium
 
 
-def make_env(env_id: str, backend: str = "maintained", render_mode: str | None = None) -> gymnasium.Env:
-    """The task's environment, equal to D4RL's.
+def make_env(env_id: str | Task, backend: str = "maintained", render_mode: str | None = None) -> gymnasium.Env:
+    """The task's environment, equal to D4RL's; that of a Task of `find_task` is made by its make.
 
     Observations are float64 (state_dim,), actions (action_dim,) in [-1, 1]; episodes are truncated at
     max_episode_steps; reset(seed=s) always begins the same episode; environments of a kind share one compiled model.
@@ -27,6 +27,8 @@ def make_env(env_id: str, backend: str = "maintained", render_mode: str | None =
     Raises: BadInput for an unknown id or backend, or a package that is missing or of the wrong version.
     """
     task = task_of(env_id, backend)
+    if task.make:
+        return task.make(render_mode)
     package("gymnasium")
     from gymnasium.spaces import Box
     from gymnasium.wrappers import TimeLimit
@@ -43,12 +45,12 @@ def make_env(env_id: str, backend: str = "maintained", render_mode: str | None =
     return env if backend == "d4rl" else TimeLimit(env, task.max_episode_steps)
 
 
-def make_envs(env_id: str, n: int, backend: str = "maintained") -> list[gymnasium.Env]:
+def make_envs(env_id: str | Task, n: int, backend: str = "maintained") -> list[gymnasium.Env]:
     """n environments of the task, for n episodes side by side; each may be stepped in a thread of its own."""
     return [make_env(env_id, backend) for _ in range(n)]
 
 
-def rendering_env(env_id: str, backend: str = "maintained") -> gymnasium.Env:
+def rendering_env(env_id: str | Task, backend: str = "maintained") -> gymnasium.Env:
     """An environment for a video, tested before the training starts. Raises BadInput if it cannot render."""
     package("moviepy")
     env, opengl = make_env(env_id, backend, render_mode="rgb_array"), os.environ.get("MUJOCO_GL")

@@ -3,7 +3,10 @@
 import difflib
 import importlib
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import numpy as np
 
 
 class BadInput(ValueError):
@@ -38,6 +41,15 @@ class Task(NamedTuple):
     ref_max_score: float  # return of D4RL's expert, 100 on the normalized scale
     url: str  # of the data file; empty for the demo, whose file comes with this project
     sha256: str = ""  # of the published file, where known
+    # of tasks that are not D4RL's:
+    bounds: np.ndarray | None = None  # (2, action_dim), the lowest and the highest action of the environment
+    make: Callable[[str | None], Any] | None = None  # from a render_mode to an environment, as `make_env`
+    load: Callable[[Any], dict] | None = None  # from what was given as data to arrays, as `load_dataset`
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The numbers of a state and of an action."""
+        return self.state_dim, self.action_dim
 
 
 RAIL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
@@ -86,17 +98,54 @@ def _tasks() -> dict[str, Task]:
 TASKS = _tasks()
 
 
-def task_of(env_id: str, backend: str = "maintained") -> Task:
-    """The task of that id. Raises BadInput for an unknown backend, or an unknown id: it lists all, closest first."""
+def task_of(env_id: str | Task, backend: str = "maintained") -> Task:
+    """D4RL's task of that id; a Task, as `find_task` returns, is itself.
+
+    Raises: BadInput for an unknown backend, or an unknown id: it lists all, closest first.
+    """
+    if isinstance(env_id, Task):
+        return env_id
     if env_id not in TASKS:
-        known = difflib.get_close_matches(env_id, TASKS, n=len(TASKS), cutoff=0.0)
-        raise BadInput(f"unknown env id {env_id!r}; the ids are, closest first: {', '.join(known)}")
+        raise BadInput(f"unknown env id {env_id!r}; {known_ids(env_id)}")
     if backend not in ("maintained", "d4rl"):
         raise BadInput(f"unknown backend {backend!r}: it is 'maintained' or 'd4rl'")
     return TASKS[env_id]
 
 
-def normalized_score(env_id: str, return_: Any) -> Any:
+def known_ids(env_id: str) -> str:
+    """The tasks' ids, the one most like env_id first, in a sentence."""
+    known = difflib.get_close_matches(env_id, TASKS, n=len(TASKS), cutoff=0.0)
+    return f"the ids are, closest first: {', '.join(known)}"
+
+
+def normalized_score(env_id: str | Task, return_: Any) -> Any:
     """100 (return - random) / (expert - random), of a number or an array of returns (D4RL, section 5)."""
     task = task_of(env_id)
     return 100.0 * (return_ - task.ref_min_score) / (task.ref_max_score - task.ref_min_score)
+
+
+def is_ogbench(env_id: str) -> bool:
+    """Whether it is the id of one of OGBench's single tasks, such as cube-single-play-singletask-v0."""
+    return "singletask" in env_id.split("-")
+
+
+def score_name(env_id: str, score_range: tuple[float, float] | None = None) -> str:
+    """What a score of this task is: a normalized score, a success rate, or the return itself."""
+    if is_ogbench(env_id):
+        return "success rate in %"
+    return "normalized score" if env_id in TASKS or score_range else "return"
+
+
+def reference_gamma(env_id: str) -> float:
+    """The discount that the task's published results were trained with.
+
+    OGBench's: FQL (Park et al. 2025, arXiv 2502.02538) takes 0.995 where episodes are long, in giant mazes, with the
+    humanoid and in antsoccer, and OGBench in pointmaze-giant; 0.99 elsewhere, as Diffusion-QL does in D4RL's.
+    """
+    long = is_ogbench(env_id) and any(word in env_id for word in ("giant", "humanoidmaze", "antsoccer"))
+    return 0.995 if long else 0.99
+
+
+def to_bounds(action: Any, low: Any, high: Any) -> Any:
+    """Actions (..., A) in [-1, 1] as the environment's, between low and high (A,); numpy's or torch's."""
+    return (low + (action + 1) * ((high - low) / 2)).clip(low, high)

@@ -6,11 +6,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from d4rl_tasks import to_bounds
 from housekeeping.folder import write_whole
 
 
-def as_policy(act: Callable, state_dim: int, action_dim: int, device: torch.device) -> Callable:
+def as_policy(act: Callable, state_dim: int, action_dim: int, device: torch.device,
+              bounds: Tensor | None = None) -> Callable:  # fmt: skip
     """act, from states (E, S) to actions (E, A), as a function of (S,) or (..., S), numpy or torch, to the same kind.
+
+    bounds (2, A) are the environment's: its actions are scaled to them from [-1, 1].
 
     It raises ValueError if states have another width.
     """
@@ -20,6 +24,8 @@ def as_policy(act: Callable, state_dim: int, action_dim: int, device: torch.devi
         if x.shape[-1:] != (state_dim,):
             raise ValueError(f"states have {state_dim} numbers each in this task, not shape {tuple(x.shape)}")
         actions = act(x.reshape(-1, state_dim)).reshape(*x.shape[:-1], action_dim)
+        if bounds is not None:
+            actions = to_bounds(actions, *bounds.to(actions))
         return actions.to(states.device) if isinstance(states, Tensor) else actions.cpu().numpy()
 
     return policy

@@ -14,7 +14,7 @@ from contextlib import redirect_stderr
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import tyro
 
@@ -82,6 +82,8 @@ def flag(name: str) -> str:
 
 def fits(value: object, kind: object) -> bool:
     """Whether a value is of a field's type: a class, a Literal, or a union."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and list(map(fits, value, get_args(kind))) == [True] * len(get_args(kind))
     if get_args(kind):
         return any(fits(value, one) for one in get_args(kind))
     if not isinstance(kind, type):
@@ -97,10 +99,13 @@ def check_ranges(args: Args) -> None:
         raise BadInput("--eta 0 trains no critics to choose by: leave out --eval-candidates, or give a small --eta")
     if args.eval_episodes > SIDE_BY_SIDE and args.eval_episodes % SIDE_BY_SIDE:
         raise BadInput(f"--eval-episodes above {SIDE_BY_SIDE} must be a multiple of it, not {args.eval_episodes:,}")
+    if args.score_range and not -math.inf < args.score_range[0] < args.score_range[1] < math.inf:
+        raise BadInput(f"--score-range is {args.score_range}: LOW must be below HIGH")
     for names, good, wanted in (
         ("num_seeds num_updates batch_size num_steps average_every eval_every eval_episodes eval_candidates log_every "
          "checkpoint_every",
          lambda v: 1 <= v < 2**31, "at least 1 and below 2^31"),
+        ("hidden_dim hidden_layers", lambda v: 1 <= v <= 100_000, "at least 1 and at most 100,000"),
         ("num_steps num_seeds", lambda v: v <= 10_000, "at most 10,000"),
         ("eta grad_norm average_from eval_temperature offline_rank",
          lambda v: 0 <= v < 1e18, "at least 0 and below 1e18"),
@@ -124,7 +129,8 @@ def as_json(args: Args) -> dict:
 def read(kind: type, folder: Path) -> Args:
     """The arguments that a run's args.json holds. Raises BadInput."""
     try:
-        return kind(**json.loads((folder / "args.json").read_text()))
+        saved = json.loads((folder / "args.json").read_text())
+        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
     except FileNotFoundError:
         raise BadInput(f"{folder} is not the folder of a run: it has no args.json") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -143,6 +149,9 @@ def resumed(given: Args, saved: Args) -> Args:
     whole = given.resume.resolve().parent
     if re.fullmatch(r"seed-\d+", given.resume.resolve().name) and (whole / "args.json").exists():
         raise BadInput(f"{given.resume} is a part of the run {whole}: resume that, or a copy of the part elsewhere")
+    if ":" in saved.env_id and given.env_id != saved.env_id:  # args.json is a file: nothing that it names is imported
+        raise BadInput(f"the environment of {given.resume} is code of a module: if you trust it, give --env-id "
+                       f"{saved.env_id} too")  # fmt: skip
     changed = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) != f.default}
     refuse_changes(given, saved, changed)
     changed |= {name: getattr(given, name) for name in ("track", "capture_video")}  # of this process alone

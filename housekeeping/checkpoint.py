@@ -43,6 +43,16 @@ def read_checkpoint(folder: Path, args: Args, device: torch.device) -> dict:
     return checkpoint
 
 
+def widths(checkpoint: dict) -> tuple[int, int]:
+    """The numbers of a state and of an action that the networks in a checkpoint take. Raises BadInput."""
+    try:
+        policy = checkpoint["agents"][0]["policy"]
+        action_dim, time_dim = len(policy["output.bias"]), len(policy["time_mlp.2.bias"])
+        return policy["trunk.0.weight"].shape[1] - action_dim - time_dim, action_dim
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise BadInput("this checkpoint was written by another version of this program: go on with that one") from None
+
+
 def load(checkpoint: dict, folder: Path, agents: list, generators: list[torch.Generator]) -> None:
     """Restores agents and, if there are any, generators. Raises BadInput if they are not those of the checkpoint."""
     try:

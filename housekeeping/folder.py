@@ -68,7 +68,7 @@ def seed_folders(args: Args, folder: Path) -> list[Path]:
 def start_folder(args: Args) -> Path:
     """Makes the folder of a new run. Raises BadInput if that fails."""
     last = f"-{args.seed + args.num_seeds - 1}" if args.num_seeds > 1 else ""
-    name = f"{args.env_id}__dql__{args.seed}{last}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{args.env_id.replace('/', '-')}__dql__{args.seed}{last}__{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         args.runs_dir.mkdir(parents=True, exist_ok=True)
         for others in itertools.count():  # runs that were started in the same second

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d4rl_tasks import reason
+from d4rl_tasks import reason, score_name
 from housekeeping.arguments import Args
 from housekeeping.folder import seed_folders, seed_runs, write_json
 from housekeeping.machine import versions
@@ -65,7 +65,8 @@ def write_curve(file: Path | io.BytesIO, rows: list[dict], args: Args, paper: tu
     left.fill_between(step, score - std, score + std, alpha=0.2)
     if paper:
         left.axhline(paper[0], color="gray", linestyle="--", label=f"paper: {paper[0]}")
-    left.set(xlabel="updates", ylabel="normalized score", title=f"{args.env_id}, seed {args.seed}")
+    left.set(xlabel="updates", ylabel=score_name(args.env_id, args.score_range))
+    left.set_title(f"{args.env_id}, seed {args.seed}")
     left.legend()
     for name in ("critic_loss", "bc_loss", "q_loss"):
         if any(r[name] for r in rows):  # cloning has bc_loss alone
@@ -116,6 +117,7 @@ def summarize(args: Args, folder: Path, history: list[list[dict]], paper: tuple 
     last = history[0][-1]
     common = {
         "env_id": args.env_id,
+        "score_is": score_name(args.env_id, args.score_range),
         "num_updates": last["step"],
         "paper": paper,
         "updates_per_second": last["step"] / last["seconds"],
@@ -158,7 +160,8 @@ def report(summary: dict) -> str:
     """The text that ends a run: a summary's scores and the run's folder."""
     seeds = summary.get("num_seeds", 1)
     name = f"seeds {summary['seed']}-{summary['seed'] + seeds - 1}" if seeds > 1 else f"seed {summary['seed']}"
-    lines = [f"{summary['env_id']}, {name}, {summary['num_updates']} updates, normalized score:"]
+    score = summary.get("score_is", "normalized score")
+    lines = [f"{summary['env_id']}, {name}, {summary['num_updates']} updates, {score}:"]
     for name in SELECTIONS:
         it = summary[name]
         of = f"{seeds} seeds"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d4rl_tasks import BadInput, reason
+from d4rl_tasks import BadInput, reason, score_name
 from housekeeping import report
 from housekeeping.arguments import Args, as_json
 from housekeeping.checkpoint import all_finite, load, read_checkpoint
@@ -41,6 +41,7 @@ class Run:
         self.data = 0  # a checksum
         for name in sorted(data):
             self.data = zlib.crc32(np.ascontiguousarray(data[name]), self.data)
+        self.bounds = torch.as_tensor(data["action_bounds"]) if "action_bounds" in data else None
         self.folder = args.resume or start_folder(args)
         self.seeds = seed_runs(args, self.folder)  # each seed's folder and arguments
 
@@ -144,7 +145,7 @@ class Run:
         """Adds each seed's scores, (K, E) of E episodes, to its row."""
         for row, of_seed in zip(rows, scores, strict=True):
             row |= {"score": float(of_seed.mean()), "score_std": float(of_seed.std())}
-        self.bar.set_postfix_str(f"score {scores.mean():.1f}")
+        self.bar.set_postfix_str(f"{score_name(self.args.env_id, self.args.score_range)} {scores.mean():.1f}")
 
     def log(self, rows: list[dict]) -> None:
         """Writes each seed's row to TensorBoard, metrics.csv and, with a score, curve.png; begins the next."""
@@ -183,7 +184,7 @@ class Run:
                         "history": self.history[seeds], "data": self.data, "kept": self.kept}  # fmt: skip
             write_torch(folder / "checkpoint.pt", {
                 "agents": states[seeds], "generators": numbers[seeds], "progress": progress, "args": as_json(args),
-                "versions": versions(self.device), "device": self.device.type,
+                "versions": versions(self.device), "device": self.device.type, "action_bounds": self.bounds,
             })  # fmt: skip
 
         if self.args.num_seeds > 1:

@@ -197,7 +197,7 @@ def test_download_checks_hash_and_contents(serve, tmp_path, content):
 def test_download_is_kept_where_memory_does_not_suffice_to_check_it(serve, content, tmp_path, monkeypatch):
     server, _ = serve("whole")
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_checked", lambda *_: np.empty(2**62, np.uint8))  # numpy's own MemoryError
+        patch.setattr(files, "checked", lambda *_: np.empty(2**62, np.uint8))  # numpy's own MemoryError
         bad_input(lambda: load_dataset(HOPPER), HOPPER, "memory")
     assert (tmp_path / "data" / HOPPER_FILE).read_bytes() == content
     load_dataset(HOPPER)
