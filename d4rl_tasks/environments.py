@@ -60,7 +60,8 @@ def rendering_env(env_id: str | Task, backend: str = "maintained") -> gymnasium.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a missing backend, which the error below reports
             env.reset(seed=0)
-            env.render()
+            if env.render() is None:
+                raise ValueError("it renders nothing: make it with render_mode 'rgb_array'")
         return env
     except Exception as error:  # every OpenGL backend fails in its own way
         raise BadInput(

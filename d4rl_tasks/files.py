@@ -20,7 +20,8 @@ from d4rl_tasks.download import download
 from d4rl_tasks.next_rows import check_next_rows
 from d4rl_tasks.tasks import BadInput, Task, package, task_of
 
-DEMO_FILE = Path(__file__).parents[1] / "demo" / "halfcheetah-demo-v0.hdf5"
+HERE = Path(__file__).parent  # the demo's file is within the package where it is installed, and otherwise beside it
+DEMO_FILE = (HERE if (HERE / "demo").is_dir() else HERE.parent) / "demo" / "halfcheetah-demo-v0.hdf5"
 
 
 def load_dataset(env_id: str | Task, path: str | os.PathLike | None = None, backend: str = "maintained") -> dict:

@@ -43,6 +43,7 @@ def ogbench() -> Any:
         raise BadInput(
             f"OGBench's tasks need its package ({reason(error)}): pip install ogbench==1.2.2 dm_control==1.0.26"
         ) from None
+    warnings.filterwarnings("ignore", message=".*precision lowered by casting")  # of bounds
     return ogbench
 
 
@@ -58,12 +59,10 @@ def ogbench_task(env_id: str) -> Task:
 
     def make(render_mode: str | None = None) -> Any:
         mode = {"render_mode": render_mode} if render_mode else {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the precision of bounds
-            try:
-                env = ogbench().make_env_and_datasets(env_id, env_only=True, disable_env_checker=True, **mode)
-            except gymnasium.error.Error as error:
-                raise BadInput(f"unknown env id {env_id!r}: OGBench has no such task ({reason(error)})") from None
+        try:
+            env = ogbench().make_env_and_datasets(env_id, env_only=True, disable_env_checker=True, **mode)
+        except gymnasium.error.Error as error:
+            raise BadInput(f"unknown env id {env_id!r}: OGBench has no such task ({reason(error)})") from None
         return env if render_mode else Success(env)
 
     if words[0] in ("visual", "powderworld"):

@@ -58,7 +58,7 @@ def by_gymnasium(env_id: str, render_mode: str | None) -> Any:
     except gymnasium.error.NameNotFound:
         raise BadInput(f"unknown env id {env_id!r}; {known_ids(env_id)}; any other environment of gymnasium, or "
                        "module:Env-v0, goes with --dataset-path") from None  # fmt: skip
-    except gymnasium.error.Error as error:
+    except (gymnasium.error.Error, ValueError) as error:  # ValueError: two colons
         raise BadInput(f"{env_id} cannot be made by gymnasium: {reason(error)}") from None
 
 

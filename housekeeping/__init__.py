@@ -6,5 +6,6 @@
     machine.py      devices, memory, versions
     checkpoint.py   how far a run has come, saved and restored
     report.py       rows of metrics.csv, curve.png, TensorBoard, summary.json
+    command.py      the command dql
     run.py          a run while it trains: all of these together
 """

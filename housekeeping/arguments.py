@@ -83,7 +83,8 @@ def flag(name: str) -> str:
 def fits(value: object, kind: object) -> bool:
     """Whether a value is of a field's type: a class, a Literal, or a union."""
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and list(map(fits, value, get_args(kind))) == [True] * len(get_args(kind))
+        kinds = get_args(kind)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))
     if get_args(kind):
         return any(fits(value, one) for one in get_args(kind))
     if not isinstance(kind, type):

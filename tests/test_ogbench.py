@@ -1,0 +1,136 @@
+"""Tests of OGBench's single tasks; those that need its package are skipped where it is missing."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_files import bad_input
+
+import dql
+from d4rl_tasks import find_task, load_dataset, make_env, normalized_score, reference_gamma
+
+ROOT = Path(__file__).parents[1]
+CUBE = "cube-single-play-singletask-v0"
+needs_ogbench = pytest.mark.skipif(importlib.util.find_spec("ogbench") is None, reason="ogbench is not installed")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def cube():
+    return find_task(CUBE)
+
+
+@pytest.fixture
+def small(cube, tmp_path):
+    """A file in OGBench's layout of two episodes of 11 rows, of random actions; in three rows the cube is in place."""
+    env, rng, rows = cube.make().unwrapped, np.random.default_rng(0), []
+    for episode in range(2):
+        state, info = env.reset(seed=episode)
+        for k in range(11):
+            action = rng.uniform(-1, 1, 5)
+            qpos = info["qpos"].copy()
+            if k in (3, 7) or (episode, k) == (1, 10):
+                qpos[14:17] = env._data.mocap_pos[0] + 0.01
+            rows.append({"observations": state, "actions": action, "terminals": k == 10, "qpos": qpos})
+            state, _, _, _, info = env.step(action)
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    for name in ("cube-single-play-v0.npz", "cube-single-play-v0-val.npz"):
+        np.savez(tmp_path / name, **columns)
+    return tmp_path / "cube-single-play-v0.npz"
+
+
+@needs_ogbench
+def test_data_are_those_of_ogbench_s_own_loader(cube, small, monkeypatch):
+    import ogbench
+
+    _, theirs, _ = ogbench.make_env_and_datasets(CUBE, dataset_path=str(small))
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(small.parent))
+    for data in (load_dataset(cube, small), load_dataset(cube)):
+        for name in ("observations", "actions", "next_observations", "rewards"):
+            np.testing.assert_allclose(data[name], theirs[name], atol=1e-7)
+        assert (data["terminals"] == (theirs["masks"] == 0)).all() and data["rewards"].dtype == np.float32
+    assert np.flatnonzero(data["terminals"]).tolist() == [3, 7, 13, 17]  # the last rows have no action
+    assert set(data["rewards"].tolist()) == {-1, 0} and len(data["rewards"]) == 20
+
+
+@needs_ogbench
+def test_a_score_is_the_rate_of_episodes_that_end_in_success(cube):
+    env = make_env(cube)
+    assert env.observation_space.shape == (28,) and env.spec.max_episode_steps == 200
+    env.reset(seed=0)
+    assert env.step(np.zeros(5))[1:4] == (0.0, False, False)  # OGBench's own reward is -1
+    inner = env.unwrapped
+    inner._data.joint("object_joint_0").qpos[:3] = inner._data.mocap_pos[0]
+    steps = [env.step(np.zeros(5)) for _ in range(2)]
+    assert steps[-1][1:3] == (1.0, True) and steps[-1][4]["success"]
+    assert normalized_score(cube, np.array([0.0, 1.0])).tolist() == [0, 100]
+
+
+@needs_ogbench
+def test_a_run_trains_goes_on_and_acts(small, tmp_path, monkeypatch, capsys):
+    words = ["--env-id", CUBE, "--dataset-path", small, "--device", "cpu", "--num-updates", 4, "--batch-size", 8,
+             "--eval-episodes", 1, "--eval-candidates", 2, "--runs-dir", tmp_path, "--hidden-layers", 2]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["dql.py", *map(str, words)])
+    dql.main()
+    out = capsys.readouterr().out
+    folder = Path(out.splitlines()[-1])
+    assert "4 updates, success rate in %:" in out
+    assert json.loads((folder / "summary.json").read_text())["score_is"] == "success rate in %"
+    assert dql.train(dql.Args(resume=folder, device="cpu", num_updates=6))["num_updates"] == 6
+    actions = dql.load_policy(folder, device="cpu")(np.zeros((3, 28)))
+    assert actions.shape == (3, 5) and np.abs(actions).max() <= 1
+
+
+@needs_ogbench
+def test_files_and_ids_that_do_not_fit(cube, small, tmp_path, monkeypatch):
+    bad_input(lambda: find_task("cube-nine-play-singletask-v0"), "cube-nine", "no such task")
+    bad_input(lambda: find_task("visual-cube-single-play-singletask-v0"), "images")
+    bad_input(lambda: find_task(CUBE, score_range=(0, 1)), "--score-range")
+    bad_input(lambda: load_dataset(find_task("pointmaze-medium-navigate-singletask-v0"), small), "28 numbers", "has 2")
+    bad_input(lambda: load_dataset(cube, tmp_path / "gone.npz"), "gone.npz does not exist")
+    (tmp_path / "bad.npz").write_bytes(b"no zip")
+    bad_input(lambda: load_dataset(cube, tmp_path / "bad.npz"), "bad.npz is not OGBench's")
+    columns = dict(np.load(small))
+    for changes, words in (
+        ({"qpos": None}, ["qpos"]),
+        ({"actions": None}, ["actions"]),
+        ({"qpos": columns["qpos"][:, :3]}, ["bad.npz is not OGBench's"]),
+        ({"actions": columns["actions"] * 3}, ["actions lie in", "[-1, 1]"]),
+        ({"observations": columns["observations"] * np.nan}, ["not finite"]),
+    ):
+        changed = {name: values for name, values in (columns | changes).items() if values is not None}
+        np.savez(tmp_path / "bad.npz", **changed)
+        bad_input(lambda: load_dataset(cube, tmp_path / "bad.npz"), *words)
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path / "empty"))
+    far = cube._replace(url="http://127.0.0.1:9/cube-single-play-v0.npz")
+    from d4rl_tasks import ogbench_tasks
+
+    bad_input(lambda: ogbench_tasks.data_file(far), "cube-single-play-v0.npz", "--dataset-path", "empty")
+
+
+def test_discounts_are_those_of_the_published_runs():
+    table = {"cube-double-play": 0.99, "antmaze-large-navigate": 0.99, "antmaze-giant-navigate": 0.995,
+             "humanoidmaze-medium-navigate": 0.995, "antsoccer-arena-navigate": 0.995}  # fmt: skip
+    for words, gamma in table.items():
+        assert reference_gamma(f"{words}-singletask-v0") == gamma
+        assert dql.with_settings(dql.Args(env_id=f"{words}-singletask-task2-v0")).gamma == gamma
+    assert dql.with_settings(dql.Args()).gamma == reference_gamma("Giant-v0") == 0.99
+    assert dql.with_settings(dql.Args(env_id=CUBE, gamma=0.9)).gamma == 0.9
+
+
+def test_a_missing_package_is_told_in_one_line():
+    code = f"""
+import sys
+sys.modules["ogbench"] = None
+import d4rl_tasks
+try:
+    d4rl_tasks.find_task({CUBE!r})
+except d4rl_tasks.BadInput as error:
+    print(error)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("pip install ogbench==1.2.2 dm_control==1.0.26\n") and done.stdout.count("\n") == 1
