@@ -3,9 +3,10 @@
 Its own package makes the environments, reads the data and gives them rewards. It is no requirement.
 """
 
+import contextlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,10 +23,34 @@ URL = "https://rail.eecs.berkeley.edu/datasets/ogbench/"
 
 
 class Success(gymnasium.Wrapper):
-    """An environment whose reward is 1 where an episode ends in success, and 0 elsewhere: its return is the score."""
+    """An environment whose reward is 1 where an episode ends in success, and 0 elsewhere: its return is the score.
+
+    OGBench's mazes draw from numpy's global generator: here each environment has that generator to itself, and a reset
+    with a seed always begins the same episode.
+    """
+
+    numbers: Any = None  # the generator's state, as this environment left it
+
+    @contextlib.contextmanager
+    def own_numbers(self, seed: int | None = None) -> Iterator[None]:
+        others = np.random.get_state()
+        if seed is not None:
+            np.random.seed(seed)
+        elif self.numbers is not None:
+            np.random.set_state(self.numbers)
+        try:
+            yield
+        finally:
+            self.numbers = np.random.get_state()
+            np.random.set_state(others)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        with self.own_numbers(seed):
+            return self.env.reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        state, _, terminated, truncated, info = self.env.step(action)
+        with self.own_numbers():
+            state, _, terminated, truncated, info = self.env.step(action)
         return state, float((terminated or truncated) and bool(info["success"])), terminated, truncated, info
 
 

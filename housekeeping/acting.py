@@ -41,5 +41,5 @@ def film(policy: Callable, env, seed: int, folder: Path) -> None:
         state, _, terminated, truncated, _ = env.step(policy(state))
         frames.append(env.render())
         ended = terminated or truncated
-    clip = ImageSequenceClip(frames, fps=env.metadata["render_fps"])
+    clip = ImageSequenceClip(frames, fps=env.metadata.get("render_fps", 30))
     write_whole(folder / "video.mp4", lambda beside: clip.write_videofile(str(beside), logger=None))

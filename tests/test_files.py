@@ -310,7 +310,7 @@ def test_damaged_bytes_are_refused_or_harmless(tmp_path, options):
 
 
 def test_data_that_do_not_fit_into_memory_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_checked", lambda *_: np.empty(2**62, np.uint8))  # numpy's own MemoryError
+    monkeypatch.setattr(files, "checked", lambda *_: np.empty(2**62, np.uint8))  # numpy's own MemoryError
     bad_input(lambda: load_dataset(HOPPER, write(tmp_path / "d.hdf5", rows_of(6))), HOPPER, "memory")
 
 

@@ -72,6 +72,23 @@ def test_a_score_is_the_rate_of_episodes_that_end_in_success(cube):
 
 
 @needs_ogbench
+@pytest.mark.parametrize("env_id", ["pointmaze-teleport-navigate-singletask-v0", "puzzle-3x3-play-singletask-task2-v0"])
+def test_a_reset_with_a_seed_begins_the_same_episode(env_id):
+    """Also where another environment is stepped in between: OGBench's mazes share a generator."""
+    env, other = (make_env(find_task(env_id)) for _ in range(2))
+    before, episodes = np.random.get_state()[1].tolist(), []
+    for seed in (3, 4, 3):
+        states = [env.reset(seed=seed)[0]]
+        other.reset(seed=seed + 1)
+        for k in range(5):
+            states.append(env.step(np.full(env.action_space.shape, 0.1 * k))[0])
+            other.step(np.zeros(env.action_space.shape))
+        episodes.append(np.array(states))
+    assert (episodes[0] == episodes[2]).all() and (episodes[0] != episodes[1]).any()
+    assert np.random.get_state()[1].tolist() == before
+
+
+@needs_ogbench
 def test_a_run_trains_goes_on_and_acts(small, tmp_path, monkeypatch, capsys):
     words = ["--env-id", CUBE, "--dataset-path", small, "--device", "cpu", "--num-updates", 4, "--batch-size", 8,
              "--eval-episodes", 1, "--eval-candidates", 2, "--runs-dir", tmp_path, "--hidden-layers", 2]  # fmt: skip
