@@ -14,7 +14,6 @@ than the other three, since each update costs far more. It settles a little outs
 still rises.
 """
 
-import json
 import math
 import sys
 import time
@@ -27,14 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
-import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import Normal
 
 import dql
 from dql import Batch, DiffusionQL, TwinQ, mlp
-from run_folder import versions, write_whole
+from housekeeping import arguments, ending
+from housekeeping.folder import write_json, write_whole
+from housekeeping.machine import versions
 
 CORNERS = torch.tensor([[-0.8, 0.8], [-0.8, -0.8], [0.8, 0.8], [0.8, -0.8]])
 NAMES = ("top left", "bottom left", "top right", "bottom right")
@@ -309,13 +309,12 @@ def main(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     write_whole(args.out / "policies.png", lambda path: draw(path, [cloned, learned], data))
     write_whole(args.out / "steps.png", lambda path: draw(path, by_steps, data))
-    text = json.dumps({
+    write_json(args.out / "bandit.json", {
         "seed": args.seed, "updates": UPDATES, "q_updates": Q_UPDATES, "diffusion_q_updates": DIFFUSION_Q_UPDATES,
         "seconds": round(time.perf_counter() - start), "versions": versions(torch.device("cpu")),
         "policies": {name: numbers(action, data) for name, action in found.items()},
-    }, indent=1)  # fmt: skip
-    write_whole(args.out / "bandit.json", lambda path: path.write_text(text + "\n"))
+    })  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    ending.run_main("bandit.py", lambda: main(arguments.parsed(Args, sys.argv[1:], "bench/bandit.py")))
