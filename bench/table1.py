@@ -148,7 +148,7 @@ def read_args(path: Path) -> dict:
 
 
 def read_summary(path: Path, args: dict) -> dict | None:
-    """A run's summary.json, or None if the run has been extended since. Raises if it is damaged or another program's."""
+    """A run's summary.json, or None if the run was extended since. Raises if it is damaged or another program's."""
     summary = json.loads(path.read_text())
     numbers = [summary["num_updates"]]
     if args["num_seeds"] == 1:

@@ -98,9 +98,9 @@ run_wanted = pytest.mark.skipif(not all(map(find_spec, RUN_PACKAGES)), reason="n
 def tiny_args(folder: Path, **changes) -> ablate.Args:
     """A small ablation on Hopper, whose episodes are short, with random data."""
     return ablate.Args(**{
-        "env_id": tiny.ENV_ID, "dataset_path": tiny.write_data(folder / "hopper.hdf5", 300), "num_seeds": 1, "num_updates": 10, "batch_size": 8,
-        "eval_episodes": 1, "num_steps": (1, 5), "etas": (0.0, 1.0, 3.0), "out": folder / "out", "device": "cpu",
-        **changes,
+        "env_id": tiny.ENV_ID, "dataset_path": tiny.write_data(folder / "hopper.hdf5", 300), "num_updates": 10,
+        "batch_size": 8, "num_seeds": 1, "eval_episodes": 1, "num_steps": (1, 5), "etas": (0.0, 1.0, 3.0),
+        "out": folder / "out", "device": "cpu", **changes,
     })  # fmt: skip
 
 
