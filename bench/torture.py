@@ -9,6 +9,7 @@ Runs are children forked from this process, so that no run has to import torch a
 """
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -20,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,21 +174,25 @@ def disturb(child: Child, fault: str, seconds: float, room: int) -> None:
             child.process.join()
 
 
-def disturbed(args: dql.Args, faults: tuple, folder: Path, rng: random.Random, go_on: Callable) -> dict:
-    """Disturbs and resumes runs at random moments while go_on(faults so far); then the last is left to its end.
+def disturbed(args: dql.Args, faults: tuple, rng: random.Random, count=math.inf, seconds=math.inf) -> dict:
+    """Disturbs and resumes runs at random moments, by so many faults or for so long; the last is left to its end.
 
     Each run is compared with one left alone. Raises SystemExit if a process ends in a way that no fault explains.
     """
-    (whole, length), args = left_alone(args), replace(args, runs_dir=folder / "disturbed")
-    done, ends, runs, resumed, alike = Counter(), Counter(), 0, 0, True
-    while go_on(done) or newest(args) or not runs:
+    (whole, length), args = left_alone(args), replace(args, runs_dir=args.runs_dir / "disturbed")
+    done, ends, runs, resumed, alike, end = Counter(), Counter(), 0, 0, True, time.monotonic() + seconds
+
+    def go_on() -> bool:
+        return done.total() < count and time.monotonic() < end
+
+    while go_on() or newest(args) or not runs:
         run = newest(args)
         resumed += bool(run and (run / "checkpoint.pt").exists())
         child, codes = Child(dql.Args(resume=run, device="cpu", compile=args.compile) if run else args), {0}
-        while child.alive_after(rng.uniform(0, length) if go_on(done) else None):
+        while child.alive_after(rng.uniform(0, length) if go_on() else None):
             fault = rng.choice(faults)
             done[fault] += 1
-            disturb(child, fault, rng.uniform(0, length), rng.choice((0, 1000, 10**5, 10**6, 3 * 10**6)))
+            disturb(child, fault, rng.uniform(0, 3), rng.choice((0, 1000, 10**5, 10**6, 3 * 10**6)))
             signum = getattr(signal, fault, 0)  # a signal before the first line of the run has its default effect
             codes |= {-signum, 128 + signum} if signum else {2} if fault == "full disk" else set()
         child.end(*codes)
@@ -209,8 +213,8 @@ def soak(minutes: float, folder: Path, rng: random.Random) -> dict:
     found = {}
     for case, changes in RUNS.items():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # may be left half written
-        args, end = tiny_args(folder, runs_dir=folder / case, **changes), time.monotonic() + 20 * minutes
-        found[case] = disturbed(args, FAULTS, folder / case, rng, lambda _, end=end: time.monotonic() < end)
+        args = tiny_args(folder, runs_dir=folder / case, **changes)
+        found[case] = disturbed(args, FAULTS, rng, seconds=20 * minutes)
         print(case, json.dumps(found[case]), flush=True)
     faults = sum((Counter(of_case["faults"]) for of_case in found.values()), Counter())
     total = {"minutes": minutes, "faults": dict(faults), "faults_in_all": faults.total(),
@@ -326,8 +330,7 @@ def main() -> None:
                                                eval_candidates=1, log_every=1000, checkpoint_every=5000,
                                                eval_every=n // 50))  # fmt: skip
             elif case in RUNS:
-                found = disturbed(tiny_args(folder, **RUNS[case]), ("SIGKILL",), folder, rng,
-                                  lambda done: done["SIGKILL"] < args.kills)  # fmt: skip
+                found = disturbed(tiny_args(folder, **RUNS[case]), ("SIGKILL",), rng, count=args.kills)
                 found = {"kills": found.pop("faults").get("SIGKILL", 0)} | found
             else:
                 found = {"overhead": overhead, "sigterm": stop_demo}[case](folder) if case != "soak" else soak(
