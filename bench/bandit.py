@@ -277,6 +277,7 @@ def draw(path: Path, rows: list[dict[str, Tensor]], data: Data) -> None:
 
 
 def main(args: Args) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the networks are small
     torch.manual_seed(args.seed)
     start, data, found = time.perf_counter(), make_data(), {}
@@ -306,7 +307,6 @@ def main(args: Args) -> None:
     cloned = {name: found[name] for name in ("Gaussian, MLE", "conditional VAE", "Gaussian, MMD", f"diffusion{last}")}
     learned = {name: found[name] for name in ("TD3+BC", "BCQ", "BEAR", f"Diffusion-QL{last}")}
     by_steps = [{f"{k}, N = {n}": found[f"{k}, N = {n}"] for n in STEPS} for k in ("diffusion", "Diffusion-QL")]
-    args.out.mkdir(parents=True, exist_ok=True)
     write_whole(args.out / "policies.png", lambda path: draw(path, [cloned, learned], data))
     write_whole(args.out / "steps.png", lambda path: draw(path, by_steps, data))
     write_json(args.out / "bandit.json", {

@@ -95,6 +95,7 @@ def write(path: Path, data: dict[str, np.ndarray], attributes: dict) -> None:
 def main(args: Args) -> None:
     if stable_baselines3 is None:
         raise BadInput("stable-baselines3 is not installed: pip install stable-baselines3==2.9.2")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start, env = time.time(), make_env(args.env_id)
     kept = args.agent is not None and args.agent.exists()
@@ -117,7 +118,6 @@ def main(args: Args) -> None:
     data = {name: value if value.dtype == bool else value.astype(np.float32) for name, value in data.items()}
     modules = (torch, stable_baselines3, gymnasium, mujoco, np, h5py)
     versions = [f"{module.__name__} {module.__version__}" for module in modules]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     attributes = {
         "made_by": f"bench/make_demo.py: noise on the mean actions of SAC after {model.num_timesteps} steps",
         "env_id": args.env_id, "seed": args.seed, "noise": args.noise, "returns": "\n".join(lines),

@@ -6,9 +6,9 @@
     python bench/table1.py --ray auto                                 # on a Ray cluster (pip install ray)
     python bench/table1.py --quick                                    # tries everything in a minute
 
-A job trains some seeds of one task in a process `python dql.py`; if it fails, the others continue. Killed at any moment
-and started again, this script continues from the checkpoints in --runs-dir. The table includes all finished runs with
-exactly the settings asked for, whoever trained them; if a seed was run twice, the run that finished last counts.
+A job trains some seeds of one task in a process `python dql.py`; if it fails, the others go on. Killed and started
+again, this script goes on from the checkpoints in --runs-dir. The table has all finished runs with the settings asked
+for; if a seed was run twice, the run that finished last counts.
 
 On Ray every machine must see this folder, --runs-dir and the data under the same paths; a job whose worker dies is
 started again and resumes.
@@ -71,8 +71,7 @@ class Args:
 QUICK = ["--num-updates", "24", "--eval-every", "24", "--batch-size", "16", "--num-steps", "2", "--eval-episodes", "1",
          "--eval-candidates", "2"]  # fmt: skip
 SCORES = ("last", "best", "offline")
-DOMAINS = {"Gym": ("halfcheetah", "hopper", "walker2d"), "AntMaze": ("antmaze",), "Adroit": ("pen",),
-           "Kitchen": ("kitchen",)}  # fmt: skip
+DOMAINS = {"antmaze": "AntMaze", "pen": "Adroit", "kitchen": "Kitchen"}  # by family; the others are Gym's
 REFERENCE = json.loads((ROOT / "reference" / "paper.json").read_text())["tasks"]
 OWN = ("env_id", "seed", "num_seeds", "device", "runs_dir", "resume")  # dql.py's flags that are set for each job
 FREE = {*OWN, "compile", "cudagraphs", "track", "capture_video", "log_every", "checkpoint_every"} - {"env_id"}
@@ -85,7 +84,7 @@ class Run(NamedTuple):
 
     def differs(self, settings: dict) -> set[str]:
         """The settings that the run was not made with; one missing from its args.json is newer, and counts as equal."""
-        return {name for name, value in settings.items() if _comparable(name, self.args.get(name, value)) != value}
+        return {name for name, value in settings.items() if self.args.get(name, value) != value}
 
     def counts(self) -> bool:
         """Whether this is a finished run of one seed."""
@@ -119,9 +118,9 @@ class Job(NamedTuple):
 
 
 def read_runs(runs_dir: Path) -> tuple[list[Run], list[Path]]:
-    """All runs in a folder, and each seed of a run of several, sorted by the time they finished or else began.
+    """All runs in a folder, each seed of several too, sorted by the time they finished or else began.
 
-    Second: the args.json that were skipped, because they or their summary.json are damaged or another program's.
+    Second: each args.json that is skipped since it, or summary.json beside it, is damaged or another program's.
     """
     runs, skipped = [], []
     for path in sorted(runs_dir.rglob("args.json")):
@@ -130,8 +129,6 @@ def read_runs(runs_dir: Path) -> tuple[list[Run], list[Path]]:
             args = read_args(path)
             summary = read_summary(written, args) if written.exists() else None
             runs.append(((written if summary else path).stat().st_mtime, Run(path.parent, args, summary)))
-        except FileNotFoundError:  # just removed
-            pass
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             skipped.append(path)
     return [run for _, run in sorted(runs, key=lambda entry: entry[0])], skipped
@@ -159,14 +156,10 @@ def read_summary(path: Path, args: dict) -> dict | None:
     return summary if summary["num_updates"] == args["num_updates"] else None
 
 
-def _comparable(name: str, value: object) -> object:
-    return str(Path(value).resolve()) if name == "dataset_path" and value else value
-
-
 def settings_of(env_id: str, given: dql.Args) -> dict:
     """The args.json of a run of that task with these flags, without seeds and what does not affect scores."""
     full = arguments.as_json(dql.with_settings(replace(given, env_id=env_id)))
-    return {name: _comparable(name, value) for name, value in full.items() if name not in FREE}
+    return {name: value for name, value in full.items() if name not in FREE}
 
 
 def plan(args: Args, wanted: dict[str, dict], words: list[str], kind: str) -> list[Job]:
@@ -225,7 +218,7 @@ def _in_use(folder: Path) -> bool:
 
 
 def outcome(job: Job, code: int) -> str:
-    """Empty if the job ended well; otherwise its exit code, its log's last line and the log's path."""
+    """Empty if the job ended well; otherwise its exit code, its log's last line and path."""
     lines = re.split(r"[\r\n]+", job.log().read_text(errors="replace").strip())
     return f"exit code {code}: {lines[-1]} ({job.log()})" if code else ""
 
@@ -293,7 +286,7 @@ def connect(args: Args) -> str:
     try:
         ray.init(address=args.ray, log_to_driver=False, logging_level="warning")
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise BadInput(f"--ray {args.ray}: {(str(error) or 'no answer').splitlines()[0]}") from None
+        raise BadInput(f"--ray {args.ray}: {ending.first_line(error)}") from None
     gpus = ray.cluster_resources().get("GPU")
     return args.devices[0].split(":")[0] if args.devices else "cuda" if gpus else "cpu"
 
@@ -319,8 +312,8 @@ def task_row(env_id: str, runs: list[Run]) -> dict:
 def average_rows(rows: list[dict]) -> list[dict]:
     """Each domain's average over those of its tasks that have a row; None if one of these lacks the score."""
     averages = []
-    for domain, families in DOMAINS.items():
-        tasks = [name for name, it in dql.SETTINGS.items() if it.paper and TASKS[name].family in families]
+    for domain in ("Gym", *DOMAINS.values()):
+        tasks = [name for name in dql.SETTINGS if TASKS[name].url and DOMAINS.get(TASKS[name].family, "Gym") == domain]
         if there := [row for row in rows if row["task"] in tasks]:
             average = dict.fromkeys(there[0]) | {"task": f"{domain} average, {len(there)} of {len(tasks)} tasks"}
             for name in (*SCORES, "paper", "reproduction"):
