@@ -269,8 +269,10 @@ def test_four_agents_beside_one(benchmark, capsys) -> None:
 @pytest.mark.skipif(ON_GPU, reason="it changes what a CPU compiles alone")
 @pytest.mark.parametrize("other", ["products as they are", "the other library"])
 @pytest.mark.parametrize("work", ["update", "act 10"])
-def test_compiling(benchmark, monkeypatch, other, work, capsys) -> None:
+def test_compiling(benchmark, request, monkeypatch, other, work, capsys) -> None:
     """Compiled work beside the same without compiling.py's pass, or with its choice of oneDNN or MKL reversed."""
+    if work == "update" and not request.config.option.keyword:
+        pytest.skip("takes a minute: -k compiling")
     if other == "the other library" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("no CPU with AVX-512")
 

@@ -1,11 +1,12 @@
 """Disturbs runs at random moments, resumes them, and checks that they end with the same bits as a run left alone.
 
     python bench/torture.py --kills 20                  # SIGKILL: one seed, several, compiled
-    python bench/torture.py --cases soak --minutes 60   # signals, stops, closed streams and full disks, for an hour
+    python bench/torture.py --cases soak --minutes 60   # signals, stops, closed streams, full disks, for an hour
     python bench/torture.py --cases memory overhead     # memory over 200,000 updates; cost of checks and checkpoints
     python bench/torture.py --cases sigterm             # how long the demo's run takes to stop
 
-Runs are children forked from this process, so that no run has to import torch again. Linux only.
+Runs are children forked from this process, so that no run has to import torch again; otherwise they begin and end as
+`python dql.py` does. Linux only.
 """
 
 import json
