@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import dql  # noqa: E402
-from d4rl_tasks import TASKS, BadInput, task_of  # noqa: E402
+from d4rl_tasks import TASKS, BadInput, reason, task_of  # noqa: E402
 from housekeeping import arguments, ending  # noqa: E402
 from housekeeping.folder import write_whole  # noqa: E402
 from housekeeping.report import write_metrics  # noqa: E402
@@ -286,7 +286,7 @@ def connect(args: Args) -> str:
     try:
         ray.init(address=args.ray, log_to_driver=False, logging_level="warning")
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise BadInput(f"--ray {args.ray}: {ending.first_line(error)}") from None
+        raise BadInput(f"--ray {args.ray}: {reason(error)}") from None
     gpus = ray.cluster_resources().get("GPU")
     return args.devices[0].split(":")[0] if args.devices else "cuda" if gpus else "cpu"
 
