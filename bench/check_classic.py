@@ -1,4 +1,4 @@
-"""Compares the tasks of d4rl_tasks.py with D4RL's own, on gym, mujoco-py and d4rl (requirements-classic.txt).
+"""Compares the tasks of d4rl_tasks with D4RL's own, on gym, mujoco-py and d4rl (requirements-classic.txt).
 
     python bench/check_classic.py --classic-python CLASSIC/bin/python
 
