@@ -26,10 +26,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from d4rl_tasks import TASKS, BadInput, load_dataset, make_env  # noqa: E402
 from d4rl_tasks.classic import classic_make  # noqa: E402
 from d4rl_tasks.simulators import KITCHEN_GOALS  # noqa: E402
-
-from d4rl_tasks import TASKS, BadInput, load_dataset, make_env  # noqa: E402
 from housekeeping.ending import run_main  # noqa: E402
 
 ENV_IDS = [env_id for env_id, task in TASKS.items() if task.url]  # the paper's twenty
