@@ -142,7 +142,7 @@ def test_jobs(tmp_path):
 @pytest.mark.parametrize("words, complaint", [
     (["--seeds", "0"], "--seeds is 0, it must be at least 1"),
     (["--seeds", "x"], "invalid literal for int"),
-    (["--tasks", "hoper-medium-v2"], "did you mean hopper-medium-v2"),
+    (["--tasks", "hoper-medium-v2"], "hopper-medium-v2"),
     (["--gama", "1"], "--gamma"),
     (["--num-seeds", "2"], "--num-seeds is not passed on"),
     (["--num-updates", "0"], "--num-updates is 0"),
