@@ -277,7 +277,7 @@ def test_a_failing_job_takes_no_other_with_it(undisturbed):
     log = folder / "runs" / "logs" / "walker2d-medium-v2__0.log"
     assert done.returncode == 1 and "| hopper-medium-v2 | 2 | 40 |" in done.stdout
     assert "walker2d-medium-v2__0: exit code 2: dql.py: " in done.stderr and f"({log})" in done.stderr
-    assert done.stderr.count("\n") == 2 and "is it walker2d data" in log.read_text()
+    assert done.stderr.count("\n") == 2 and "walker2d data?" in log.read_text()
 
 
 def test_quick_keeps_to_a_folder_of_its_own():
