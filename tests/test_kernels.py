@@ -353,7 +353,7 @@ def launches(monkeypatch, K: int, states: int = 0, **args) -> Counter:
     """How often each kernel is launched in a training step or in acting, at HalfCheetah's shapes."""
     agents = [make_agent(k, 17, 6, 256, batch_size=256, **args) for k in range(K)]
     agent, found = FusedDiffusionQL(replicate(agents)), Counter()
-    monkeypatch.setattr(fused, "launch", lambda kernel, *rest, **constants: found.update([kernel.fn.__name__]))
+    monkeypatch.setattr("fused.launch", lambda kernel, *rest, **constants: found.update([kernel.fn.__name__]))
     if states:
         agent.act_fresh(torch.zeros(K * states, 17), generators(K))
     else:
