@@ -141,6 +141,24 @@ def test_train_takes_arrays_and_a_function_that_makes_environments(own_id, tmp_p
         bad_input(lambda: dql.train(tiny(tmp_path, env_id=known), data=data, make_env=make), known, "another name")  # noqa: B023
 
 
+def test_a_video_of_an_environment_of_one_s_own(own_id, tmp_path):
+    pytest.importorskip("moviepy")
+    sys.path.append(str(tmp_path))
+    import own_envs
+
+    class Drawn(own_envs.Own):
+        def render(self):
+            return np.zeros((64, 64, 3), np.uint8)
+
+    def make(kind):
+        return gymnasium.wrappers.TimeLimit(kind(), 3)
+
+    args = tiny(tmp_path, env_id="mine", capture_video=True)
+    folder = Path(dql.train(args, data=own_rows(), make_env=lambda: make(Drawn))["folder"])  # Own insists on its bounds
+    assert (folder / "video.mp4").stat().st_size > 500
+    bad_input(lambda: dql.train(args, data=own_rows(), make_env=lambda: make(own_envs.Own)), "--capture-video cannot")
+
+
 def test_actions_are_scaled_and_states_flattened(own_id):
     task = find_task(own_id)
     rows = own_rows()
