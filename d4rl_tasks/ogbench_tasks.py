@@ -6,7 +6,8 @@ Its own package makes the environments, reads the data and gives them rewards. I
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,19 +58,26 @@ class Success(gymnasium.Wrapper):
 def ogbench() -> Any:
     """The package. Raises BadInput if it is missing."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about a missing display
-            try:
-                import ogbench
-            except (ImportError, AttributeError):  # MUJOCO_GL may name an OpenGL library that is not there
-                with mock.patch.dict(os.environ, MUJOCO_GL="disable"):
-                    import ogbench
+        import ogbench
     except ImportError as error:
         raise BadInput(
             f"OGBench's tasks need its package ({reason(error)}): pip install ogbench==1.2.2 dm_control==1.0.26"
         ) from None
     warnings.filterwarnings("ignore", message=".*precision lowered by casting")  # of bounds
     return ogbench
+
+
+def without_opengl(make: Callable[[], Any]) -> Any:
+    """make(), also where the OpenGL library is missing that MUJOCO_GL names: what is not rendered needs none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a missing display
+            return make()
+    except gymnasium.error.Error:
+        raise
+    except Exception:  # such a library is missing in several ways
+        with mock.patch.dict(os.environ, MUJOCO_GL="disable"):
+            return make()
 
 
 def ogbench_task(env_id: str) -> Task:
@@ -85,7 +93,9 @@ def ogbench_task(env_id: str) -> Task:
     def make(render_mode: str | None = None) -> Any:
         mode = {"render_mode": render_mode} if render_mode else {}
         try:
-            env = ogbench().make_env_and_datasets(env_id, env_only=True, disable_env_checker=True, **mode)
+            env = without_opengl(partial(
+                ogbench().make_env_and_datasets, env_id, env_only=True, disable_env_checker=True, **mode
+            ))  # fmt: skip
         except gymnasium.error.Error as error:
             raise BadInput(f"unknown env id {env_id!r}: OGBench has no such task ({reason(error)})") from None
         return env if render_mode else Success(env)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,14 @@ def test_files_and_ids_that_do_not_fit(cube, small, tmp_path, monkeypatch):
     from d4rl_tasks import ogbench_tasks
 
     bad_input(lambda: ogbench_tasks.data_file(far), "cube-single-play-v0.npz", "--dataset-path", "empty")
+
+
+@needs_ogbench
+def test_simulations_need_no_opengl():
+    code = f"import d4rl_tasks; d4rl_tasks.make_env(d4rl_tasks.find_task({CUBE!r})).reset(seed=0); print('fine')"
+    environ = os.environ | {"MUJOCO_GL": "osmesa", "LD_LIBRARY_PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.stdout == "fine\n", done.stderr[-2000:]
 
 
 def test_discounts_are_those_of_the_published_runs():
