@@ -51,8 +51,9 @@ def by_gymnasium(env_id: str, render_mode: str | None) -> Any:
     gymnasium = package("gymnasium")
     if ":" in env_id and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where the user's modules are, also for the command dql
+    mode = {"render_mode": render_mode} if render_mode else {}  # which an environment need not know
     try:
-        return gymnasium.make(env_id, render_mode=render_mode, disable_env_checker=True)
+        return gymnasium.make(env_id, disable_env_checker=True, **mode)
     except ImportError as error:
         raise BadInput(f"{env_id} cannot be made: {reason(error)}") from None
     except gymnasium.error.NameNotFound:

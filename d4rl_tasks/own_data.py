@@ -48,7 +48,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            columns = dict(file)
+            columns = {name: file[name] for name in (*REQUIRED, *OPTIONAL, "masks") if name in file}
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: give an HDF5 or .npz file, or a Minari folder") from None
     except MemoryError:

@@ -126,7 +126,7 @@ def normalized_score(env_id: str | Task, return_: Any) -> Any:
 
 def is_ogbench(env_id: str) -> bool:
     """Whether it is the id of one of OGBench's single tasks, such as cube-single-play-singletask-v0."""
-    return "singletask" in env_id.split("-")
+    return "singletask" in env_id.split("-") and ":" not in env_id
 
 
 def score_name(env_id: str, score_range: tuple[float, float] | None = None) -> str:

@@ -23,7 +23,7 @@ import gymnasium, numpy as np
 from gymnasium.spaces import Box
 
 class Own(gymnasium.Env):
-    def __init__(self, render_mode=None):
+    def __init__(self):
         self.observation_space = Box(-9, 9, (2, 3), np.float32)
         self.action_space = Box(np.array([-3.3, 0], "f4"), np.array([5.1, 0.7], "f4"))
 
@@ -300,7 +300,8 @@ def test_shuffled_rows_of_d4rl_are_refused(tmp_path):
 
 def test_scores_have_names():
     assert score_name(HOPPER) == score_name("Pendulum-v1", (0.0, 1.0)) == "normalized score"
-    assert score_name("Pendulum-v1") == "return" and score_name("scene-play-singletask-v0") == "success rate in %"
+    assert score_name("Pendulum-v1") == score_name("own:one-singletask-v0") == "return"
+    assert score_name("scene-play-singletask-v0") == "success rate in %"
 
 
 def test_width_and_number_of_hidden_layers():
