@@ -689,7 +689,7 @@ def load_policy(run: str | Path, seed: int = 0, device: str = "auto", **acting) 
     args = replace(saved, device=device, **acting)
     kept = checkpoint.read_checkpoint(run, saved, machine.choose_device(device))
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and overwritten: not from the caller's generator
-        agent = make_agent(args, saved.seed, checkpoint.widths(kept))
+        agent = make_agent(args, saved.seed, checkpoint.widths(kept, run))
     checkpoint.load(kept, run, [agent], [])
     generator = torch.Generator(agent.device).manual_seed(seed)
     act = partial(agent.act_fresh, generator=generator)

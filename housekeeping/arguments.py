@@ -134,7 +134,7 @@ def read(kind: type, folder: Path) -> Args:
         return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
     except FileNotFoundError:
         raise BadInput(f"{folder} is not the folder of a run: it has no args.json") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{folder / 'args.json'} is damaged, or another program's: {error}") from None
 
 

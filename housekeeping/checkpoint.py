@@ -43,14 +43,19 @@ def read_checkpoint(folder: Path, args: Args, device: torch.device) -> dict:
     return checkpoint
 
 
-def widths(checkpoint: dict) -> tuple[int, int]:
+def widths(checkpoint: dict, folder: Path) -> tuple[int, int]:
     """The numbers of a state and of an action that the networks in a checkpoint take. Raises BadInput."""
     try:
         policy = checkpoint["agents"][0]["policy"]
         action_dim, time_dim = len(policy["output.bias"]), len(policy["time_mlp.2.bias"])
         return policy["trunk.0.weight"].shape[1] - action_dim - time_dim, action_dim
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise BadInput("this checkpoint was written by another version of this program: go on with that one") from None
+    except Exception as error:
+        raise of_another_version(folder, error) from None
+
+
+def of_another_version(folder: Path, error: Exception) -> BadInput:
+    return BadInput(f"{folder / 'checkpoint.pt'} was written by another version of this program ({reason(error)}): "
+                    "go on with that version")  # fmt: skip
 
 
 def load(checkpoint: dict, folder: Path, agents: list, generators: list[torch.Generator]) -> None:
@@ -61,8 +66,7 @@ def load(checkpoint: dict, folder: Path, agents: list, generators: list[torch.Ge
         for generator, numbers in zip(generators, checkpoint["generators"], strict=bool(generators)):
             generator.set_state(numbers.cpu())
     except Exception as error:  # torch raises nearly anything on what does not fit
-        raise BadInput(f"{folder / 'checkpoint.pt'} was written by another version of this program ({reason(error)}): "
-                       "go on with that version") from None  # fmt: skip
+        raise of_another_version(folder, error) from None
 
 
 def all_finite(state: dict | list | Tensor) -> Tensor:
