@@ -155,7 +155,7 @@ def test_a_run_goes_on_without_a_reader(tmp_path):
 
 
 def test_a_report_in_ascii_without_stderr(tmp_path):
-    """`PYTHONIOENCODING=ascii python dql.py ... 2>&-`, as in cron's jobs. Libraries start processes that need a stderr."""
+    """`PYTHONIOENCODING=ascii python dql.py ... 2>&-`, as in cron's jobs. Libraries start processes that need one."""
     args = tiny_args(tmp_path, num_updates=4)
     words = ["bash", "-c", 'exec "$@" 2>&-', "bash", sys.executable, str(ROOT / "dql.py"), *flags(args)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
