@@ -19,7 +19,7 @@ from housekeeping import report
 from housekeeping.arguments import Args, as_json
 from housekeeping.checkpoint import all_finite, load, read_checkpoint
 from housekeeping.ending import Diverged, Stopped, held_signals
-from housekeeping.folder import only_writer, seed_runs, start_folder, write_args, write_torch, write_whole
+from housekeeping.folder import only_writer, seed_runs, start_folder, write_args, write_json, write_torch, write_whole
 from housekeeping.machine import versions
 
 GROUP = 10  # captured updates are made in groups of so many: between two groups the program looks for signals
@@ -164,8 +164,25 @@ class Run:
                 write_whole(folder / "curve.png", partial(report.write_curve, rows=rows, args=args, paper=self.paper))
 
     def summarize(self) -> dict:
-        """Writes summary.json, of each seed and of all; returns the run's."""
-        return report.summarize(self.args, self.folder, self.history, self.paper, self.device)
+        """Writes summary.json, of each seed and, with several, of all, with mean and spread; returns the run's."""
+        last, gpu = self.history[0][-1], self.device.type == "cuda"
+        common = {
+            "env_id": self.args.env_id, "num_updates": last["step"], "paper": self.paper,
+            "updates_per_second": last["step"] / last["seconds"], "seconds": last["seconds"],
+            "device": torch.cuda.get_device_name(self.device) if gpu else "cpu", "versions": versions(self.device),
+        }  # fmt: skip
+        summaries = []
+        for (folder, args), rows in zip(self.seeds, self.history, strict=True):
+            summaries.append(common | {"seed": args.seed, **report.select(rows, args), "folder": str(folder)})
+            write_json(folder / "summary.json", summaries[-1])
+        if self.args.num_seeds == 1:
+            return summaries[0]
+        summary = common | {"seed": self.args.seed, "num_seeds": self.args.num_seeds, "folder": str(self.folder)}
+        for name in report.SELECTIONS:
+            scores = [one[name]["score"] for one in summaries]
+            summary[name] = {"score": float(np.mean(scores)), "std": float(np.std(scores)), "scores": scores}
+        write_json(self.folder / "summary.json", summary)
+        return summary
 
     # --- checkpoints
 
