@@ -573,7 +573,7 @@ def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: Sequence, devic
     returns, running = np.zeros(len(envs)), list(range(len(envs)))
     while running:
         actions = act(torch.as_tensor(states, dtype=torch.get_default_dtype(), device=device)).cpu().numpy()
-        stepped = step_each([envs[k] for k in running], [actions[k] for k in running])
+        stepped = step_each([envs[k] for k in running], actions[running])
         for k, (state, reward, terminated, truncated, _) in zip(list(running), stepped, strict=True):
             states[k] = state
             returns[k] += reward
@@ -584,8 +584,7 @@ def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: Sequence, devic
 
 
 def eval_noise_seed(seed: int, step: int) -> int:
-    """The seed of the noise with which this seed's agent is evaluated after step updates: an evaluation changes nothing
-    that training draws."""
+    """The seed of an evaluation's noise after step updates: it changes nothing that training draws."""
     return seed * 1_000_003 + step
 
 
@@ -621,7 +620,7 @@ def train(args: Args) -> dict:
         run.restore(agents, generators)
         print(f"{run.folder}: {len(dataset.state):,} transitions, updates {run.step:,} to {args.num_updates:,} "
               f"of {len(seeds)} seed(s) on {device}, {fast_sampler.path_name(args)}")  # fmt: skip
-        # updates(n) is n times `DiffusionQL.train_step` for each seed, act is `act_fresh`, by the fastest path
+        # by the fastest path: updates(n) is `train_step` n times for each seed's agent, act(states) is `act_fresh`
         agents, updates, act = fast_sampler.make_steps(
             args, agents, dataset, generators, eval_generators, fall_back=not compile_asked
         )
@@ -630,20 +629,20 @@ def train(args: Args) -> dict:
         def save() -> None:
             run.save(fast_sampler.states_of(agents, len(seeds)), generators)
 
-        with run.training(save):  # a signal that arrives is noted; check_signals raises it
+        with run.training(save):  # signals are held back, until check_signals raises Stopped
             while run.last_row < args.num_updates:
-                run.advance(updates)
-                evaluates = run.step % args.eval_every == 0 or run.step == args.num_updates
+                run.advance(updates)  # draw and update (Algorithm 1), up to where there is something else to do
+                evaluation_due = run.step % args.eval_every == 0 or run.step == args.num_updates
                 if run.step == run.next_row:
-                    rows = run.end_row()
+                    rows = run.end_row()  # the mean losses since the last row, for each seed
                     warn(rows)
-                    if evaluates:
+                    if evaluation_due:
                         for seed, generator in zip(seeds, eval_generators, strict=True):
                             generator.manual_seed(eval_noise_seed(seed, run.step))
                         returns = [evaluate(act, envs, some, device, run.while_evaluating) for some in rounds]
                         run.add_scores(rows, normalized_score(args.env_id, np.concatenate(returns, axis=1)))
-                    run.log(rows)
-                if evaluates or run.step % args.checkpoint_every == 0:
+                    run.log(rows)  # metrics.csv, TensorBoard, curve.png
+                if evaluation_due or run.step % args.checkpoint_every == 0:
                     save()
                 run.check_signals()
         summary = run.summarize()
@@ -657,19 +656,17 @@ def read_args(folder: Path) -> Args:
     return with_settings(arguments.read(Args, folder))
 
 
-def load_policy(run: str | Path, seed: int = 0, device: str = "auto", eval_candidates: int | None = None,
-                eval_temperature: float | None = None, eval_average: bool | None = None) -> Callable:  # fmt: skip
+def load_policy(run: str | Path, seed: int = 0, device: str = "auto", **acting) -> Callable:
     """A run's trained policy: a function from states (S,) or (E, S), numpy or torch, to actions of the same kind.
 
-    It acts as the run's evaluations do, except where told otherwise. Raises BadInput if the folder holds no such run;
-    the policy raises ValueError if states have another width than the task's.
+    It acts as the run's evaluations do, unless told otherwise by eval_candidates, eval_temperature or eval_average.
+    Raises BadInput if the folder holds no such run; the policy raises ValueError if states have another width.
     """
     run = Path(run)
     saved = read_args(run)
     if saved.num_seeds > 1:
         raise BadInput(f"{run} holds {saved.num_seeds} policies: give one of its folders seed-*")
-    acting = {"eval_candidates": eval_candidates, "eval_temperature": eval_temperature, "eval_average": eval_average}
-    args = replace(saved, device=device, **{name: value for name, value in acting.items() if value is not None})
+    args = replace(saved, device=device, **acting)
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and overwritten: not from the caller's generator
         agent = make_agent(args, saved.seed)
     checkpoint.load(checkpoint.read_checkpoint(run, saved, agent.device), run, [agent], [])

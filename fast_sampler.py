@@ -31,20 +31,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
 
 from d4rl_tasks import BadInput, reason
 from housekeeping import machine
 from housekeeping.arguments import SIDE_BY_SIDE
 from housekeeping.ending import out_of_memory
 
-if TYPE_CHECKING:
-    from dql import Args, Batch, DiffusionQL
-
+Args = Batch = DiffusionQL = Any  # dql.py's, which are passed in: no file imports it
 WARM_UPS = 3  # lets libraries make their workspaces and torch.compile its kernels before a capture
 COMPILED = ("critic_gradient", "policy_gradient", "act")  # methods of an agent
 
@@ -189,30 +188,22 @@ def keep_freed_memory() -> None:
 # ----------------------------------------------------------------------------- replicas
 
 
-def stack(states: Sequence):
+def stack(states: Sequence[dict]) -> dict:
     """Stacks K states of agents (nested dicts of tensors) into one whose tensors are (K, ...).
 
     Tensors without axes (step counts, learning rates) are the same for all, and stay as they are.
     """
-    first = states[0]
-    if isinstance(first, Tensor):
-        return torch.stack(list(states)) if first.dim() else first.clone()
-    if isinstance(first, dict):
-        return {key: stack([state[key] for state in states]) for key in first}
-    if isinstance(first, list):
-        return [stack(items) for items in zip(*states, strict=True)]
-    return first
+
+    def together(first, *others):
+        is_own = isinstance(first, Tensor) and first.dim() > 0
+        return torch.stack([first, *others]) if is_own else copy.deepcopy(first)
+
+    return tree_map(together, *states)
 
 
-def unstack(state, k: int):
+def unstack(state: dict, k: int) -> dict:
     """A copy of the k-th of the states that were stacked."""
-    if isinstance(state, Tensor):
-        return (state[k] if state.dim() else state).clone()
-    if isinstance(state, dict):
-        return {key: unstack(value, k) for key, value in state.items()}
-    if isinstance(state, list):
-        return [unstack(value, k) for value in state]
-    return state
+    return tree_map(lambda x: (x[k] if x.dim() else x).clone() if isinstance(x, Tensor) else x, state)
 
 
 def states_of(agents: Sequence[DiffusionQL], num_seeds: int) -> list[dict]:
@@ -250,6 +241,8 @@ def replicate(agents: Sequence[DiffusionQL]) -> DiffusionQL:
         raise ValueError("replicas must have made the same number of updates")
     K, first = len(agents), agents[0]
     whole = copy.copy(first)  # the agent that is returned
+    for name in COMPILED:  # if compiled, they are bound to the first agent
+        vars(whole).pop(name, None)
     for name, network in Networks(first).named_children():
         network = copy.deepcopy(network)
         for p in network.parameters():
@@ -293,7 +286,7 @@ def replicate(agents: Sequence[DiffusionQL]) -> DiffusionQL:
 def unchanged(agents: Sequence[DiffusionQL], generators: list[torch.Generator]) -> Iterator[None]:
     """Restores agents and generators at the end of the block."""
     before = [copy.deepcopy(agent.state_dict()) for agent in agents]
-    generators = [g for g in torch.utils._pytree.tree_leaves(generators) if g]
+    generators = [g for g in tree_leaves(generators) if g]
     numbers = [generator.get_state() for generator in generators]
     try:
         yield

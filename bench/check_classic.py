@@ -1,4 +1,4 @@
-"""Compares the tasks of d4rl_tasks.py with D4RL's own, on gym, mujoco-py and d4rl (requirements-classic.txt).
+"""Compares the tasks of d4rl_tasks with D4RL's own, on gym, mujoco-py and d4rl (requirements-classic.txt).
 
     python bench/check_classic.py --classic-python CLASSIC/bin/python
 
@@ -26,7 +26,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from d4rl_tasks import KITCHEN_GOALS, TASKS, BadInput, _classic_make, load_dataset, make_env  # noqa: E402
+from d4rl_tasks import TASKS, BadInput, load_dataset, make_env  # noqa: E402
+from d4rl_tasks.classic import classic_make  # noqa: E402
+from d4rl_tasks.simulators import KITCHEN_GOALS  # noqa: E402
 
 ENV_IDS = [env_id for env_id, task in TASKS.items() if task.url]  # the paper's twenty
 DISTINCT = ["halfcheetah-medium-v2", "hopper-medium-v2", "walker2d-medium-v2", "antmaze-umaze-v0",
@@ -60,7 +62,7 @@ def versions() -> dict[str, str]:
 
 def dump(folder: Path, args: argparse.Namespace) -> None:
     """Writes the classic stack's results, classic.npz, and its random data files into the folder."""
-    envs = {env_id: _classic_make(env_id) for env_id in ENV_IDS}
+    envs = {env_id: classic_make(env_id) for env_id in ENV_IDS}
     import d4rl
 
     out = {}
@@ -69,7 +71,7 @@ def dump(folder: Path, args: argparse.Namespace) -> None:
             out[f"steps/{env_id}/{key}"] = value
     np.random.seed(0)  # antmaze's goals are drawn from it
     for env_id in DISTINCT:
-        env = _classic_make(env_id)
+        env = classic_make(env_id)
         getattr(env.unwrapped, "wrapped_env", env).seed(0)  # d4rl's wrapper ignores the seed
         out[f"resets/{env_id}"] = [classic_reset(env, env_id) for _ in range(args.resets)]
         for i in range(args.episodes):

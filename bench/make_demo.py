@@ -42,7 +42,8 @@ import torch
 import tyro
 from stable_baselines3 import SAC
 
-from d4rl_tasks import DEMO_FILE, make_env, normalized_score
+from d4rl_tasks import make_env, normalized_score
+from d4rl_tasks.files import DEMO_FILE
 
 
 @dataclass

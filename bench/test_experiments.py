@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import ablate
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 import dql
-from d4rl_tasks import TASKS, find_spec
+from d4rl_tasks import TASKS
 
 torch.set_num_threads(1)
 
