@@ -46,12 +46,10 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
 
 def write_curve(file: Path | io.BytesIO, rows: list[dict], args: Args, paper: tuple[float, float] | None) -> None:
     """Score (band: one standard deviation over episodes) and losses over updates."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)  # whatever MPLBACKEND says
     left, right = figure.subplots(1, 2)
     step, score, std = np.array([(r["step"], r["score"], r["score_std"]) for r in rows if r["score"] != ""]).T
     left.plot(step, score, marker=".", label=f"{args.eval_episodes} episodes")
