@@ -88,7 +88,7 @@ def test_a_signal_in_the_first_seconds_is_one_line(signum, delay, tmp_path):
         process.send_signal(signum)
         err = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signum and len(told(err)) == 1, err
-    assert told(err)[0].startswith("dql.py: stopped ")
+    assert told(err)[0].startswith("dql.py: stopped " if delay else f"dql.py: stopped by {signum.name};")
 
 
 @procfs_wanted
