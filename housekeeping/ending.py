@@ -63,7 +63,8 @@ def begin(program: str) -> None:
     codecs.register_error("in_ascii", in_ascii)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or Path(os.devnull).open("w")  # noqa: SIM115
-        stream.reconfigure(errors="in_ascii")
+        with suppress(OSError):  # of a file that has become a pipe
+            stream.reconfigure(errors="in_ascii")
         setattr(sys, name, Stream(stream))
 
     def leave(signum: int, _: object) -> None:
