@@ -49,7 +49,8 @@ class Run:
         """No other process writes the folder. If the block fails before the first update, a new folder is removed."""
         try:
             with only_writer(self.folder):
-                write_args(self.args, self.folder)
+                if not self.args.resume:
+                    write_args(self.args, self.folder)
                 yield
         except BaseException:
             if not self.args.resume and self.step == 0:
@@ -67,11 +68,12 @@ class Run:
         self.curves, self.writers = report.curves_work(self.args), []
         self.bar = tqdm(total=self.args.num_updates, initial=self.step, mininterval=0.5 if sys.stderr.isatty() else 60)
         try:
-            # events of an interrupted run after its last checkpoint are hidden: they come again
-            self.writers = [SummaryWriter(path, purge_step=self.step + 1) for path, _ in self.seeds]
-            if self.args.resume:  # files may have been lost
+            if self.args.resume:  # files may have been lost, and arguments changed
+                write_args(self.args, self.folder)
                 save()
                 self.write_rows()
+            # events of an interrupted run after its last checkpoint are hidden: they come again
+            self.writers = [SummaryWriter(path, purge_step=self.step + 1) for path, _ in self.seeds]
             with self.bar, held_signals() as self.check_signals:
                 yield
         except Stopped as stopped:
@@ -89,9 +91,9 @@ class Run:
         """Copies TensorBoard's events to Weights & Biases. Raises BadInput."""
         import wandb
 
+        name, config = self.folder.name, asdict(self.args)
         try:
-            wandb.init(project="dql", name=self.folder.name, dir=self.folder, config=asdict(self.args),
-                       sync_tensorboard=True)  # fmt: skip
+            wandb.init(project="dql", name=name, dir=self.folder, config=config, sync_tensorboard=True)
         except Exception as error:  # it has errors of its own for each way not to be logged in
             raise BadInput(f"--track: {reason(error)}") from None
 
@@ -135,8 +137,8 @@ class Run:
         self.check_finite([])  # waits for the device
         self.seconds += time.perf_counter() - begun
         count, before = self.step - self.last_row, self.history[0][-1]["seconds"] if self.history[0] else 0.0
-        rest = {"score": "", "score_std": "", "updates_per_second": count / self.seconds,
-                "seconds": before + self.seconds}  # fmt: skip
+        times = {"updates_per_second": count / self.seconds, "seconds": before + self.seconds}
+        rest = {"score": "", "score_std": "", **times}
         means = (self.sums / count).tolist()
         return [{"step": self.step, **dict(zip(self.losses, mean, strict=True)), **rest} for mean in means]
 
@@ -213,15 +215,13 @@ class Run:
 
         Raises BadInput if the checkpoint is damaged, or of another run, device or data. Warns if versions differ.
         """
-        has_begun = any((self.folder / name).exists() for name in ("checkpoint.pt", "summary.json"))
-        if not (self.args.resume and has_begun):
+        if not self.args.resume or not any((self.folder / f).exists() for f in ("checkpoint.pt", "summary.json")):
             return
         checkpoint = read_checkpoint(self.folder, self.args, self.device)
         if checkpoint["device"] != self.device.type:
             raise BadInput(f"{self.folder} ran on {checkpoint['device']}, and resumes exactly only there: see --device")
         if checkpoint["progress"]["data"] != self.data:
-            raise BadInput(f"the data are no longer those that {self.folder} began with: bring those back, or begin a "
-                           "new run")  # fmt: skip
+            raise BadInput(f"the data are not those that {self.folder} began with: give those, or begin a new run")
         load(checkpoint, self.folder, agents, generators)
         vars(self).update(checkpoint["progress"])
         path = {name: getattr(self.args, name) for name in ("compile", "cudagraphs")}
@@ -239,8 +239,7 @@ class Run:
         if not table.all():
             bad = ", ".join(name for name, of_seeds in zip(fine, table, strict=True) if not of_seeds.all())
             seeds = ", ".join(str(self.args.seed + k) for k, of_all in enumerate(table.T) if not of_all.all())
-            path = self.folder / "checkpoint.pt"
-            left = f"{path} is of update {self.kept:,}" if self.kept else "there is no checkpoint yet"
+            left = f"{self.folder / 'checkpoint.pt'} is of update {self.kept:,}" if self.kept else "no checkpoint is left"
             raise Diverged(f"{bad} not finite in updates {self.last_row + 1:,} to {self.step:,}, seed {seeds}; {left}. "
                            "Try a smaller --learning-rate, --eta or --grad-norm")  # fmt: skip
 
