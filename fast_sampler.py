@@ -110,9 +110,10 @@ def make_steps(
     except Exception as error:  # of a compiler: of any kind
         if isinstance(error, BadInput) or not args.compile:
             raise
+        why = reason(getattr(error, "inner_exception", error))  # which dynamo wraps in one that says little
         if not fall_back:
-            raise BadInput(f"--compile fails here ({reason(error)}): give --no-compile") from None
-        print(f"warning: compiling fails here ({reason(error)}): runs are eager, and slower", file=sys.stderr)
+            raise BadInput(f"--compile fails here ({why}): give --no-compile") from None
+        print(f"warning: compiling fails here ({why}): runs are eager, and slower", file=sys.stderr)
     for agent, methods in zip(agents, eager, strict=True):
         vars(agent).update(methods)
     return agents, *build(args, agents, dataset, generators, eval_generators)
