@@ -239,7 +239,7 @@ class Run:
         if not table.all():
             bad = ", ".join(name for name, of_seeds in zip(fine, table, strict=True) if not of_seeds.all())
             seeds = ", ".join(str(self.args.seed + k) for k, of_all in enumerate(table.T) if not of_all.all())
-            kept = f"{self.folder / 'checkpoint.pt'} is of update {self.kept:,}" if self.kept else "no checkpoint is kept"
+            kept = f"{self.folder / 'checkpoint.pt'} is of update {self.kept:,}" if self.kept else "no checkpoint yet"
             raise Diverged(f"{bad} not finite in updates {self.last_row + 1:,} to {self.step:,}, seed {seeds}; {kept}. "
                            "Try a smaller --learning-rate, --eta or --grad-norm")  # fmt: skip
 
