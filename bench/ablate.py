@@ -20,7 +20,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,12 +29,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import command_line
 import dql
 import fast_sampler
 from d4rl_tasks import BadInput, load_dataset, make_envs, normalized_score
-from dql import Batch, DiffusionQL
-from run_folder import LOSS_NAMES, versions, write_whole
+from dql import LOSSES, Batch, DiffusionQL
+from housekeeping import arguments, ending
+from housekeeping.folder import write_json, write_whole
+from housekeeping.machine import choose_device, versions
+from housekeeping.report import write_metrics
 
 
 @dataclass
@@ -157,9 +159,9 @@ def run_updates(updates: Callable[[int], Tensor], n: int, bar) -> tuple[list[dic
         chunk = min(10, n - done)
         sums.append(updates(chunk))
         bar.update(chunk)
-    means = (sum(sums) / n).reshape(-1, len(LOSS_NAMES)).tolist()
+    means = (sum(sums) / n).reshape(-1, len(LOSSES)).tolist()
     ms = 1000 * (time.perf_counter() - start) / n
-    return [dict(zip(LOSS_NAMES, mean, strict=True)) for mean in means], ms
+    return [dict(zip(LOSSES, mean, strict=True)) for mean in means], ms
 
 
 def evaluate(
@@ -208,15 +210,8 @@ def read_table(path: Path) -> dict[Setting, dict]:
 
 
 def save_table(path: Path, rows: dict[Setting, dict]) -> None:
-    """Writes a table's rows, sorted by setting. The file is never half written."""
-
-    def write(path: Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows[setting] for setting in sorted(rows))
-
-    write_whole(path, write)
+    """Writes a table's rows, sorted by setting."""
+    write_whole(path, lambda beside: write_metrics(beside, [rows[setting] for setting in sorted(rows)]))
 
 
 def draw(path: Path, rows: list[dict], x: str) -> None:
@@ -240,16 +235,14 @@ def draw(path: Path, rows: list[dict], x: str) -> None:
 
 def open_folder(args: Args) -> None:
     """Makes the folder and writes ablate.json. Raises BadInput if it holds an ablation with other FIXED arguments."""
-    path, mine = args.out / "ablate.json", json.loads(json.dumps(asdict(args), default=str))
-    device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device
-    found = versions(torch.device(args.device))
-    text = json.dumps({"args": mine, "device": device, "versions": found}, indent=2) + "\n"
+    path, mine, device = args.out / "ablate.json", arguments.as_json(args), torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else args.device
     try:
         others = json.loads(path.read_text())["args"] if path.exists() else mine
         differ = [f"{name} {others[name]}" for name in FIXED if others[name] != mine[name]]
         if not differ:
             args.out.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda path: path.write_text(text))
+            write_json(path, {"args": mine, "device": name, "versions": versions(device)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"cannot go on in {args.out}: {error}; choose another --out") from None
     if differ:
@@ -263,7 +256,7 @@ def ablate(args: Args) -> None:
     if args.quick:
         default = Args()
         args = replace(args, **{k: v for k, v in QUICK.items() if getattr(args, k) == getattr(default, k)})
-    device = dql.choose_device(args.device)
+    device = choose_device(args.device)
     own = settings_of(args)
     args = replace(args, device=str(device), num_updates=own.num_updates)
     tables = groups_of(args)
@@ -294,11 +287,7 @@ def ablate(args: Args) -> None:
 
 
 def main() -> None:
-    try:
-        ablate(command_line.parsed(Args, sys.argv[1:], "bench/ablate.py"))
-    except BadInput as error:
-        print(f"ablate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    ending.run_main("ablate.py", lambda: ablate(arguments.parsed(Args, sys.argv[1:], "bench/ablate.py")))
 
 
 if __name__ == "__main__":

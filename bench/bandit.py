@@ -14,7 +14,6 @@ than the other three, since each update costs far more. It settles a little outs
 still rises.
 """
 
-import json
 import math
 import sys
 import time
@@ -27,14 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
-import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import Normal
 
 import dql
 from dql import Batch, DiffusionQL, TwinQ, mlp
-from run_folder import versions, write_whole
+from housekeeping import arguments, ending
+from housekeeping.folder import write_json, write_whole
+from housekeeping.machine import versions
 
 CORNERS = torch.tensor([[-0.8, 0.8], [-0.8, -0.8], [0.8, 0.8], [0.8, -0.8]])
 NAMES = ("top left", "bottom left", "top right", "bottom right")
@@ -277,6 +277,7 @@ def draw(path: Path, rows: list[dict[str, Tensor]], data: Data) -> None:
 
 
 def main(args: Args) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the networks are small
     torch.manual_seed(args.seed)
     start, data, found = time.perf_counter(), make_data(), {}
@@ -306,16 +307,14 @@ def main(args: Args) -> None:
     cloned = {name: found[name] for name in ("Gaussian, MLE", "conditional VAE", "Gaussian, MMD", f"diffusion{last}")}
     learned = {name: found[name] for name in ("TD3+BC", "BCQ", "BEAR", f"Diffusion-QL{last}")}
     by_steps = [{f"{k}, N = {n}": found[f"{k}, N = {n}"] for n in STEPS} for k in ("diffusion", "Diffusion-QL")]
-    args.out.mkdir(parents=True, exist_ok=True)
     write_whole(args.out / "policies.png", lambda path: draw(path, [cloned, learned], data))
     write_whole(args.out / "steps.png", lambda path: draw(path, by_steps, data))
-    text = json.dumps({
+    write_json(args.out / "bandit.json", {
         "seed": args.seed, "updates": UPDATES, "q_updates": Q_UPDATES, "diffusion_q_updates": DIFFUSION_Q_UPDATES,
         "seconds": round(time.perf_counter() - start), "versions": versions(torch.device("cpu")),
         "policies": {name: numbers(action, data) for name, action in found.items()},
-    }, indent=1)  # fmt: skip
-    write_whole(args.out / "bandit.json", lambda path: path.write_text(text + "\n"))
+    })  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    ending.run_main("bandit.py", lambda: main(arguments.parsed(Args, sys.argv[1:], "bench/bandit.py")))

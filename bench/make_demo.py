@@ -19,8 +19,6 @@ with --agent so that SAC was trained only once; it printed:
     40,000 rows, 3,097,928 bytes
 """
 
-import importlib.util
-import os
 import platform
 import sys
 import time
@@ -29,28 +27,30 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if importlib.util.find_spec("stable_baselines3") is None:
-    print("make_demo.py needs stable-baselines3: pip install stable-baselines3==2.9.2", file=sys.stderr)
-    sys.exit(2)
-
 import gymnasium
 import h5py
 import mujoco
 import numpy as np
-import stable_baselines3
 import torch
-import tyro
-from stable_baselines3 import SAC
 
-from d4rl_tasks import make_env, normalized_score
-from d4rl_tasks.files import DEMO_FILE
+from d4rl_tasks import BadInput, make_env, normalized_score
+from housekeeping import arguments, ending
+from housekeeping.folder import write_whole
+
+try:
+    import stable_baselines3
+    from stable_baselines3 import SAC
+except ImportError:
+    stable_baselines3 = None
 
 
 @dataclass
 class Args:
+    """Makes the demo data set."""
+
     env_id: str = "halfcheetah-demo-v0"
     """the task whose environment is used"""
-    out: Path = Path("runs") / DEMO_FILE.name
+    out: Path = Path("runs/halfcheetah-demo-v0.hdf5")
     """the file to write; the committed one is in demo/"""
     seed: int = 1
     """seed of SAC, of the environments and of the noise"""
@@ -64,14 +64,14 @@ class Args:
     """standard deviations of the noise: one per episode, in turn"""
 
 
-def train_sac(args: Args) -> SAC:
+def train_sac(args: Args) -> "SAC":
     policy_kwargs = {"net_arch": [128, 128], "optimizer_kwargs": {"fused": True}}
     model = SAC("MlpPolicy", make_env(args.env_id), learning_rate=1e-3, learning_starts=1000, ent_coef="auto_0.1",
                 seed=args.seed, policy_kwargs=policy_kwargs, device="cpu")  # fmt: skip
     return model.learn(args.total_steps)
 
 
-def rollout(model: SAC, env: gymnasium.Env, noise: float, seed: int) -> list[np.ndarray]:
+def rollout(model: "SAC", env: gymnasium.Env, noise: float, seed: int) -> list[np.ndarray]:
     """One episode: observations, actions, rewards, terminals, timeouts."""
     rng = np.random.default_rng(seed)
     rows, (obs, _), done = [], env.reset(seed=seed), False
@@ -85,16 +85,17 @@ def rollout(model: SAC, env: gymnasium.Env, noise: float, seed: int) -> list[np.
 
 
 def write(path: Path, data: dict[str, np.ndarray], attributes: dict) -> None:
-    """Writes a file beside, then renames it. h5py stores no times, so equal data give an equal file."""
-    part = path.with_name(path.name + ".part")
-    with h5py.File(part, "w") as f:
+    """h5py stores no times, so equal data give an equal file."""
+    with h5py.File(path, "w") as f:
         for name, value in data.items():
             f.create_dataset(name, data=value, chunks=value.shape, compression="gzip", compression_opts=9, shuffle=True)
         f.attrs.update(attributes)
-    os.replace(part, path)
 
 
 def main(args: Args) -> None:
+    if stable_baselines3 is None:
+        raise BadInput("stable-baselines3 is not installed: pip install stable-baselines3==2.9.2")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start, env = time.time(), make_env(args.env_id)
     kept = args.agent is not None and args.agent.exists()
@@ -117,15 +118,15 @@ def main(args: Args) -> None:
     data = {name: value if value.dtype == bool else value.astype(np.float32) for name, value in data.items()}
     modules = (torch, stable_baselines3, gymnasium, mujoco, np, h5py)
     versions = [f"{module.__name__} {module.__version__}" for module in modules]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write(args.out, data, {
+    attributes = {
         "made_by": f"bench/make_demo.py: noise on the mean actions of SAC after {model.num_timesteps} steps",
         "env_id": args.env_id, "seed": args.seed, "noise": args.noise, "returns": "\n".join(lines),
         "versions": ", ".join([f"python {platform.python_version()}", *versions]), "licence": "MIT",
-    })  # fmt: skip
+    }  # fmt: skip
+    write_whole(args.out, lambda beside: write(beside, data, attributes))
     print("\n".join(lines))
     print(f"{len(data['rewards']):,} rows, {args.out.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__.split("\n")[0]))
+    ending.run_main("make_demo.py", lambda: main(arguments.parsed(Args, sys.argv[1:], "bench/make_demo.py")))

@@ -13,9 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from d4rl_tasks import BadInput
+from housekeeping import arguments, ending
 
 PANELS = {
     "test_update_of_n_steps": "N, denoising steps",
@@ -26,6 +31,8 @@ PANELS = {
 
 @dataclass
 class Args:
+    """Plots an update's cost against N, batch size and replicas."""
+
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """JSON files of pytest-benchmark, at least one"""
     out: Path
@@ -45,7 +52,7 @@ def points(file: dict, test: str) -> list[tuple[int, float]]:
 
 def main(args: Args) -> None:
     if not args.files:
-        sys.exit("plot_speed.py: give a JSON file that pytest bench/test_speed.py --benchmark-json=FILE wrote")
+        raise BadInput("give a JSON file that pytest bench/test_speed.py --benchmark-json=FILE wrote")
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (test, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         axes.set(xlabel=label, ylabel="ms an update", xscale="log", yscale="log")
@@ -64,4 +71,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__.split("\n")[0]))
+    ending.run_main("plot_speed.py", lambda: main(arguments.parsed(Args, sys.argv[1:], "bench/plot_speed.py")))

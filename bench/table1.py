@@ -6,16 +6,16 @@
     python bench/table1.py --ray auto                                 # on a Ray cluster (pip install ray)
     python bench/table1.py --quick                                    # tries everything in a minute
 
-A job trains some seeds of one task in a process `python dql.py`; if it fails, the others continue. Killed at any moment
-and started again, this script continues from the checkpoints in --runs-dir. The table includes all finished runs with
-exactly the settings asked for, whoever trained them; if a seed was run twice, the run that finished last counts.
+A job trains some seeds of one task in a process `python dql.py`; if it fails, the others go on. Killed and started
+again, this script goes on from the checkpoints in --runs-dir. The table has all finished runs with the settings asked
+for; if a seed was run twice, the run that finished last counts.
 
 On Ray every machine must see this folder, --runs-dir and the data under the same paths; a job whose worker dies is
 started again and resumes.
 """
 
-import csv
 import json
+import math
 import os
 import re
 import signal
@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatch
 from itertools import groupby
 from pathlib import Path
@@ -37,10 +37,11 @@ from filelock import FileLock, Timeout
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import command_line  # noqa: E402
 import dql  # noqa: E402
-from d4rl_tasks import TASKS, BadInput, task_of  # noqa: E402
-from run_folder import write_whole  # noqa: E402
+from d4rl_tasks import TASKS, BadInput, reason, task_of  # noqa: E402
+from housekeeping import arguments, ending  # noqa: E402
+from housekeeping.folder import write_whole  # noqa: E402
+from housekeeping.report import write_metrics  # noqa: E402
 
 
 @dataclass
@@ -70,8 +71,7 @@ class Args:
 QUICK = ["--num-updates", "24", "--eval-every", "24", "--batch-size", "16", "--num-steps", "2", "--eval-episodes", "1",
          "--eval-candidates", "2"]  # fmt: skip
 SCORES = ("last", "best", "offline")
-DOMAINS = {"Gym": ("halfcheetah", "hopper", "walker2d"), "AntMaze": ("antmaze",), "Adroit": ("pen",),
-           "Kitchen": ("kitchen",)}  # fmt: skip
+DOMAINS = {"antmaze": "AntMaze", "pen": "Adroit", "kitchen": "Kitchen"}  # by family; the others are Gym's
 REFERENCE = json.loads((ROOT / "reference" / "paper.json").read_text())["tasks"]
 OWN = ("env_id", "seed", "num_seeds", "device", "runs_dir", "resume")  # dql.py's flags that are set for each job
 FREE = {*OWN, "compile", "cudagraphs", "track", "capture_video", "log_every", "checkpoint_every"} - {"env_id"}
@@ -84,7 +84,7 @@ class Run(NamedTuple):
 
     def differs(self, settings: dict) -> set[str]:
         """The settings that the run was not made with; one missing from its args.json is newer, and counts as equal."""
-        return {name for name, value in settings.items() if _comparable(name, self.args.get(name, value)) != value}
+        return {name for name, value in settings.items() if self.args.get(name, value) != value}
 
     def counts(self) -> bool:
         """Whether this is a finished run of one seed."""
@@ -117,33 +117,54 @@ class Job(NamedTuple):
 # ----------------------------------------------------------------------------- runs and jobs
 
 
-def read_runs(runs_dir: Path) -> list[Run]:
-    """All runs in a folder, and each seed of a run of several; sorted by the time they finished or else began."""
-    runs = []
-    for path in runs_dir.rglob("args.json"):
-        with suppress(OSError, ValueError, LookupError, TypeError):  # another program's file, or one just removed
-            args, written, summary = json.loads(path.read_text()), path.with_name("summary.json"), None
-            if written.exists():
-                summary = json.loads(written.read_text())
-                summary = summary if summary["num_updates"] == args["num_updates"] else None
-            time_of = (written if summary else path).stat().st_mtime
-            runs.append((time_of, str(path), Run(path.parent, args | {"env_id": args["env_id"]}, summary)))
-    return [run for *_, run in sorted(runs, key=lambda entry: entry[:2])]
+def read_runs(runs_dir: Path) -> tuple[list[Run], list[Path]]:
+    """All runs in a folder, each seed of several too, sorted by the time they finished or else began.
+
+    Second: each args.json that is skipped since it, or summary.json beside it, is damaged or another program's.
+    """
+    runs, skipped = [], []
+    for path in sorted(runs_dir.rglob("args.json")):
+        written = path.with_name("summary.json")
+        try:
+            args = read_args(path)
+            summary = read_summary(written, args) if written.exists() else None
+            runs.append(((written if summary else path).stat().st_mtime, Run(path.parent, args, summary)))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            skipped.append(path)
+    return [run for _, run in sorted(runs, key=lambda entry: entry[0])], skipped
 
 
-def _comparable(name: str, value: object) -> object:
-    return str(Path(value).resolve()) if name == "dataset_path" and value else value
+def read_args(path: Path) -> dict:
+    """A run's args.json. Raises if it is damaged or another program's; an older version may have had other flags."""
+    args = json.loads(path.read_text())
+    known = {f.name: args[f.name] for f in fields(dql.Args) if f.name in args}
+    if missing := {"env_id", "seed", "num_seeds", "num_updates", "device"} - {*known}:
+        raise ValueError(f"no {missing}")
+    dql.with_settings(dql.Args(**known))
+    return args
+
+
+def read_summary(path: Path, args: dict) -> dict | None:
+    """A run's summary.json, or None if the run was extended since. Raises if it is damaged or another program's."""
+    summary = json.loads(path.read_text())
+    numbers = [summary["num_updates"]]
+    if args["num_seeds"] == 1:
+        numbers += [summary["updates_per_second"], summary["seconds"], len(summary["device"])]
+        numbers += [summary[name][what] for name in SCORES for what in ("score", "std", "step")]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("not finite")
+    return summary if summary["num_updates"] == args["num_updates"] else None
 
 
 def settings_of(env_id: str, given: dql.Args) -> dict:
     """The args.json of a run of that task with these flags, without seeds and what does not affect scores."""
-    full = json.loads(json.dumps(asdict(dql.with_settings(replace(given, env_id=env_id))), default=str))
-    return {name: _comparable(name, value) for name, value in full.items() if name not in FREE}
+    full = arguments.as_json(dql.with_settings(replace(given, env_id=env_id)))
+    return {name: value for name, value in full.items() if name not in FREE}
 
 
 def plan(args: Args, wanted: dict[str, dict], words: list[str], kind: str) -> list[Job]:
     """For each task, jobs that resume folders, then jobs for missing seeds; on a GPU consecutive seeds share one."""
-    runs, jobs, rest = read_runs(args.runs_dir), [], (words, args.runs_dir.resolve(), Path.cwd())
+    (runs, _), jobs, rest = read_runs(args.runs_dir), [], (words, args.runs_dir.resolve(), Path.cwd())
     for env_id, settings in wanted.items():
         same = [run for run in runs if not run.differs(settings)]
         missing = set(range(args.seeds)) - {run.args["seed"] for run in same if run.counts()}
@@ -170,7 +191,7 @@ os.getppid() == int(sys.argv[1]) and os.execv(sys.executable, [sys.executable, *
 
 def start(job: Job, device: str) -> subprocess.Popen | None:
     """Starts or resumes a job; returns its process, or None if the job is already done."""
-    same = [run for run in read_runs(job.runs_dir) if not run.differs(job.settings)
+    same = [run for run in read_runs(job.runs_dir)[0] if not run.differs(job.settings)
             and (run.args["seed"], run.args["num_seeds"]) == (job.seed, job.num_seeds)]  # fmt: skip
     if any(run.summary for run in same):
         return None
@@ -181,7 +202,6 @@ def start(job: Job, device: str) -> subprocess.Popen | None:
             command = ["--resume", str(run.folder)]
     threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
     program = ["-c", BOUND, str(os.getpid()), "-u", str(ROOT / "dql.py"), *command, "--device", device]
-    job.log().parent.mkdir(parents=True, exist_ok=True)
     with job.log().open("a") as log:
         # in its own session, so that Ctrl-C reaches it as one SIGTERM: a second signal would end it without checkpoint
         return subprocess.Popen([sys.executable, *program], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -198,7 +218,7 @@ def _in_use(folder: Path) -> bool:
 
 
 def outcome(job: Job, code: int) -> str:
-    """Empty if the job ended well; otherwise its exit code, its log's last line and the log's path."""
+    """Empty if the job ended well; otherwise its exit code, its log's last line and path."""
     lines = re.split(r"[\r\n]+", job.log().read_text(errors="replace").strip())
     return f"exit code {code}: {lines[-1]} ({job.log()})" if code else ""
 
@@ -266,7 +286,7 @@ def connect(args: Args) -> str:
     try:
         ray.init(address=args.ray, log_to_driver=False, logging_level="warning")
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        raise BadInput(f"--ray {args.ray}: {(str(error) or 'no answer').splitlines()[0]}") from None
+        raise BadInput(f"--ray {args.ray}: {reason(error)}") from None
     gpus = ray.cluster_resources().get("GPU")
     return args.devices[0].split(":")[0] if args.devices else "cuda" if gpus else "cpu"
 
@@ -292,8 +312,8 @@ def task_row(env_id: str, runs: list[Run]) -> dict:
 def average_rows(rows: list[dict]) -> list[dict]:
     """Each domain's average over those of its tasks that have a row; None if one of these lacks the score."""
     averages = []
-    for domain, families in DOMAINS.items():
-        tasks = [name for name, it in dql.SETTINGS.items() if it.paper and TASKS[name].family in families]
+    for domain in ("Gym", *DOMAINS.values()):
+        tasks = [name for name in dql.SETTINGS if TASKS[name].url and DOMAINS.get(TASKS[name].family, "Gym") == domain]
         if there := [row for row in rows if row["task"] in tasks]:
             average = dict.fromkeys(there[0]) | {"task": f"{domain} average, {len(there)} of {len(tasks)} tasks"}
             for name in (*SCORES, "paper", "reproduction"):
@@ -319,10 +339,11 @@ def markdown(rows: list[dict]) -> str:
 
 def write_tables(out: Path, runs_dir: Path, wanted: dict[str, dict], words: list[str]) -> str:
     """Writes table1.md, table1.csv and runs.csv; returns the first's text. Raises BadInput if no run has finished."""
-    runs = read_runs(runs_dir)
+    runs, skipped = read_runs(runs_dir)
+    note = f"Skipped: {len(skipped)} run(s) with damaged or foreign JSON: {skipped[0].parent} ..." if skipped else ""
     used = {env_id: found for env_id, settings in wanted.items() if (found := newest(runs, settings))}
     if not used:
-        raise BadInput(f"no finished run of these tasks and settings in {runs_dir}")
+        raise BadInput(f"no finished run of these tasks and settings in {runs_dir}. {note}".strip())
     rows = [task_row(env_id, found) for env_id, found in used.items()]
     rows += average_rows(rows)
     text = markdown(rows) + f"""
@@ -334,32 +355,21 @@ Reproduction: FlowRL (arXiv 2603.27450), table 2, last evaluation.
     others = [run.differs(wanted[run.args["env_id"]]) for run in runs if run.counts() and run.args["env_id"] in wanted]
     if names := sorted(set().union(*others)):
         text += f"Left out: {sum(map(bool, others))} finished run(s) with other {', '.join(names)}.\n"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot write {out}: {error.strerror}; choose an --out") from None
-    write_whole(out / "table1.md", lambda path: path.write_text(text))
-    write_csv(out / "table1.csv", [
+    text += f"{note}\n" * bool(note)
+    write_whole(out / "table1.md", lambda beside: beside.write_text(text))
+    by_task = [
         {key: row[key] for key in ("task", "seeds", "num_updates")}
         | {f"{key}_{what}": row[key] and row[key][k] for key in (*SCORES, "paper", "reproduction")
            for k, what in enumerate(("mean", "std"))} for row in rows
-    ])  # fmt: skip
-    write_csv(out / "runs.csv", [
+    ]  # fmt: skip
+    by_run = [
         {key: run.summary[key] for key in ("env_id", "seed", "num_updates", "updates_per_second", "seconds", "device")}
         | {f"{key}_{what}": run.summary[key][what] for key in SCORES for what in ("score", "std", "step")}
         | {"folder": str(run.folder)} for found in used.values() for run in found
-    ])  # fmt: skip
+    ]  # fmt: skip
+    for name, table in (("table1.csv", by_task), ("runs.csv", by_run)):
+        write_whole(out / name, lambda beside, table=table: write_metrics(beside, table))
     return text
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    def write(beside: Path) -> None:
-        with beside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_whole(path, write)
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -367,7 +377,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 def parse(argv: list[str]) -> tuple[Args, list[str]]:
     """The arguments, and the words passed on to dql.py. Raises BadInput."""
-    args, words = command_line.parsed(Args, argv, "bench/table1.py", return_unknown_args=True)
+    args, words = arguments.parsed(Args, argv, "bench/table1.py", return_unknown_args=True)
     if args.quick:
         out = Path("runs/table1-quick") if args.out == Args().out else args.out
         return replace(args, tasks=["halfcheetah-demo-v0"], seeds=2, out=out), [*QUICK, *words]
@@ -402,22 +412,18 @@ def choose_devices(args: Args) -> list[str]:
 
 def train(args: Args, wanted: dict[str, dict], words: list[str]) -> int:
     """Trains what is missing and writes the tables whenever a job ends; returns the exit code. Raises BadInput."""
-    stopped, failed = [], False
-    if args.ray:
-        kind = connect(args)
-    else:
-        slots = choose_devices(args)
-        kind = slots[0].split(":")[0]
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    (args.runs_dir / "logs").mkdir(parents=True, exist_ok=True)
+    stopped, failed, slots = [], False, None if args.ray else choose_devices(args)
+    kind = slots[0].split(":")[0] if slots else connect(args)
+    for signum in ending.SIGNALS:
         signal.signal(signum, lambda signum, _: stopped.append(signum))
     jobs = plan(args, wanted, words, kind)
     print(f"{len(jobs)} job(s) to do", flush=True)
-    per_device = args.jobs_per_device or 1
-    trained = train_on_ray(jobs, kind, per_device, stopped) if args.ray else train_here(jobs, slots, stopped)
-    for job, wrong in trained:
+    on_ray = (jobs, kind, args.jobs_per_device or 1, stopped)
+    for job, wrong in train_here(jobs, slots, stopped) if slots else train_on_ray(*on_ray):
         print(f"{job}: {wrong or 'done'}", file=sys.stderr if wrong else sys.stdout, flush=True)
         failed |= bool(wrong)
-        with suppress(BadInput):  # none has finished yet
+        with suppress(BadInput):  # none has finished yet, or the disk is full
             write_tables(args.out, args.runs_dir, wanted, words)
     return 128 + stopped[0] if stopped else int(failed)
 
@@ -425,10 +431,11 @@ def train(args: Args, wanted: dict[str, dict], words: list[str]) -> int:
 def run(argv: list[str]) -> int:
     """Does what the command line asks for; returns the exit code. Raises BadInput."""
     args, words = parse(argv)
-    given = command_line.parse(dql.Args, words)
+    given = arguments.parse(dql.Args, words)
     if taken := [name for name in OWN if getattr(given, name) != getattr(dql.Args(), name)]:
         raise BadInput(f"--{taken[0].replace('_', '-')} is not passed on: each job has its own (see --help)")
     wanted = {env_id: settings_of(env_id, given) for env_id in choose_tasks(args.tasks)}
+    args.out.mkdir(parents=True, exist_ok=True)
     code = 0 if args.only_table else train(args, wanted, words)
     with suppress(BadInput) if code else nullcontext():
         print(write_tables(args.out, args.runs_dir, wanted, words))
@@ -436,11 +443,7 @@ def run(argv: list[str]) -> int:
 
 
 def main() -> None:
-    try:
-        sys.exit(run(sys.argv[1:]))
-    except BadInput as error:
-        print(f"table1.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    ending.run_main("table1.py", lambda: sys.exit(run(sys.argv[1:])))
 
 
 if __name__ == "__main__":

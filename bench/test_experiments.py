@@ -5,7 +5,6 @@
 
 import csv
 import math
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -14,12 +13,11 @@ from pathlib import Path
 
 import ablate
 import bandit
-import numpy as np
 import pytest
+import tiny
 import torch
 
 import dql
-from d4rl_tasks import TASKS
 
 torch.set_num_threads(1)
 
@@ -99,19 +97,10 @@ run_wanted = pytest.mark.skipif(not all(map(find_spec, RUN_PACKAGES)), reason="n
 
 def tiny_args(folder: Path, **changes) -> ablate.Args:
     """A small ablation on Hopper, whose episodes are short, with random data."""
-    h5py = pytest.importorskip("h5py")
-    data, rng, task = folder / "hopper.hdf5", np.random.default_rng(0), TASKS["hopper-medium-v2"]
-    if not data.exists():
-        with h5py.File(data, "w") as file:
-            file["observations"] = rng.standard_normal((300, task.state_dim)).astype(np.float32)
-            file["actions"] = np.tanh(rng.standard_normal((300, task.action_dim))).astype(np.float32)
-            file["rewards"] = rng.standard_normal(300).astype(np.float32)
-            file["terminals"] = rng.uniform(size=300) < 0.05
-            file["timeouts"] = np.zeros(300, bool)
     return ablate.Args(**{
-        "env_id": "hopper-medium-v2", "dataset_path": data, "num_seeds": 1, "num_updates": 10, "batch_size": 8,
-        "eval_episodes": 1, "num_steps": (1, 5), "etas": (0.0, 1.0, 3.0), "out": folder / "out", "device": "cpu",
-        **changes,
+        "env_id": tiny.ENV_ID, "dataset_path": tiny.write_data(folder / "hopper.hdf5", 300), "num_updates": 10,
+        "batch_size": 8, "num_seeds": 1, "eval_episodes": 1, "num_steps": (1, 5), "etas": (0.0, 1.0, 3.0),
+        "out": folder / "out", "device": "cpu", **changes,
     })  # fmt: skip
 
 
@@ -239,10 +228,3 @@ def test_bad_input_is_one_line(ablation, flags, said, monkeypatch, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
-
-
-@pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is there, and the check takes ten minutes")
-def test_kernels_for_a_gpu_need_triton():
-    command = [sys.executable, str(Path(__file__).with_name("check_gpu_kernels.py"))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "pip install triton" in done.stderr and done.stderr.count("\n") == 1

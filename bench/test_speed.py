@@ -28,9 +28,11 @@ import torch
 import compiling
 import dql
 import fast_sampler
+from d4rl_tasks import make_envs
+from housekeeping.machine import choose_device
 
 STATE_DIM, ACTION_DIM, ROWS = 17, 6, 100_000
-DEVICE = dql.choose_device("auto")
+DEVICE = choose_device("auto")
 ON_GPU = DEVICE.type == "cuda"
 UPDATES = 200 if ON_GPU else 4  # in one timed call
 
@@ -128,7 +130,7 @@ def short_episodes() -> list:
     """Ten HalfCheetah environments whose episodes end after 20 time steps instead of 1,000."""
     gymnasium = pytest.importorskip("gymnasium")
     pytest.importorskip("mujoco")
-    return [gymnasium.wrappers.TimeLimit(env, 20) for env in dql.make_envs("halfcheetah-medium-v2", 10)]
+    return [gymnasium.wrappers.TimeLimit(env, 20) for env in make_envs("halfcheetah-medium-v2", 10)]
 
 
 @pytest.mark.benchmark(group="evaluation: 20 time steps of 10 episodes")
@@ -267,8 +269,10 @@ def test_four_agents_beside_one(benchmark, capsys) -> None:
 @pytest.mark.skipif(ON_GPU, reason="it changes what a CPU compiles alone")
 @pytest.mark.parametrize("other", ["products as they are", "the other library"])
 @pytest.mark.parametrize("work", ["update", "act 10"])
-def test_compiling(benchmark, monkeypatch, other, work, capsys) -> None:
+def test_compiling(benchmark, request, monkeypatch, other, work, capsys) -> None:
     """Compiled work beside the same without compiling.py's pass, or with its choice of oneDNN or MKL reversed."""
+    if work == "update" and not request.config.option.keyword:
+        pytest.skip("takes a minute: -k compiling")
     if other == "the other library" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("no CPU with AVX-512")
 

@@ -10,18 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import table1
+import tiny
 
 import dql
-from d4rl_tasks import TASKS
-from run_folder import seed_folders, write_args
+from housekeeping.folder import seed_folders, write_args
 
-h5py = pytest.importorskip("h5py")
 SCRIPT = Path(table1.__file__)
 TINY = ["--num-updates", "40", "--eval-every", "10", "--eval-episodes", "2", "--eval-candidates", "2",
         "--batch-size", "8", "--num-steps", "2", "--log-every", "4"]  # fmt: skip
@@ -33,9 +30,9 @@ def make_run(runs_dir: Path, env_id: str, seed: int, scores: tuple | None, num_s
     """Makes a run's folder like dql.py's: finished with these scores (last, best, offline) or, if None, unfinished."""
     args = dql.with_settings(dql.Args(env_id=env_id, seed=seed, num_seeds=num_seeds, device="cpu", **changes))
     folder = runs_dir / f"{env_id}__dql__{seed}__{name or num_seeds}"
+    folder.mkdir(parents=True)
+    write_args(args, folder)
     for k, path in enumerate([folder] if num_seeds == 1 else [folder, *seed_folders(args, folder)]):
-        path.mkdir(parents=True)
-        write_args(path, args if k == 0 else replace(args, seed=seed + k - 1, num_seeds=1))
         (path / "checkpoint.pt").touch()
         if scores:
             summary = {name: {"score": s, "std": 1.0, "step": 5} for name, s in zip(table1.SCORES, scores, strict=True)}
@@ -61,8 +58,6 @@ def test_table_of_made_up_runs(tmp_path, capsys):
     make_run(tmp_path, "hopper-medium-v2", 4, (1.0, 1.0, 1.0), num_updates=20_000, eval_every=10_000)
     make_run(tmp_path, "hopper-medium-v2", 5, (2.0, 2.0, 2.0), eta=0.0)
     make_run(tmp_path, "halfcheetah-demo-v0", 0, (3.0, 3.0, 3.0))
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "args.json").write_text("[1, 2")
 
     hopper, walker, kitchen, gym, kitchens = table_of(tmp_path)
     assert (hopper["task"], hopper["seeds"], hopper["num_updates"]) == ("hopper-medium-v2", 3, 2_000_000)
@@ -98,6 +93,33 @@ def test_the_newest_finished_run_of_a_seed_counts(tmp_path):
     assert (task["seeds"], task["last_mean"], average["last_mean"]) == (1, 20.0, 20.0)
 
 
+def test_damaged_and_foreign_json_is_skipped(tmp_path, capsys):
+    """It is counted and told in one line; runs that are whole are in the table, and none is trained in its place."""
+    make_run(tmp_path, "hopper-medium-v2", 0, (80.0, 95.0, 90.0))
+    whole, summary = make_run(tmp_path, "hopper-medium-v2", 1, (1.0, 1.0, 1.0)), {"num_updates": 2_000_000}
+    args = json.loads((whole / "args.json").read_text())
+    bad_args = ["", "[1, 2", "[]", "3", '"env_id"', "[" * 10_000, "{}", json.dumps(args | {"env_id": ["a"]}),
+                json.dumps(args | {"seed": "0"}), json.dumps(args | {"env_id": "nothing-v0"}), "\0\udcff",
+                json.dumps({"env_id": "hopper-medium-v2"})]  # fmt: skip
+    scores = json.loads((whole / "summary.json").read_text())
+    bad_summaries = ["", "[]", "{}", json.dumps(summary), json.dumps(scores | {"last": 1.0}),
+                     json.dumps(scores | {"best": {"score": "1", "std": 1.0, "step": 5}}),
+                     json.dumps(scores | {"best": {"score": float("nan"), "std": 1.0, "step": 5}})]  # fmt: skip
+    for k, text in enumerate(bad_args + bad_summaries):
+        (tmp_path / f"bad-{k}").mkdir()
+        names = ("args.json", "summary.json") if k < len(bad_args) else ("summary.json", "args.json")
+        (tmp_path / f"bad-{k}" / names[0]).write_bytes(text.encode(errors="surrogateescape"))
+        (tmp_path / f"bad-{k}" / names[1]).write_text((whole / names[1]).read_text())
+    (tmp_path / "folders" / "args.json").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    (hopper, _), count = table_of(tmp_path), len(bad_args + bad_summaries) + 1
+    assert (hopper["seeds"], hopper["last_mean"]) == (2, 40.5)
+    out = capsys.readouterr().out
+    assert f"Skipped: {count} run(s) with damaged or foreign JSON: {tmp_path / 'bad-0'} ..." in out.splitlines()
+    (whole / "summary.json").write_text("x")
+    assert jobs_of(tmp_path, "cuda", seeds=2) == [(1, 1)]
+
+
 def jobs_of(runs_dir: Path, kind: str, seeds=5) -> list[tuple[int, int]]:
     args, given = table1.Args(runs_dir=runs_dir, seeds=seeds), dql.Args()
     wanted = {"hopper-medium-v2": table1.settings_of("hopper-medium-v2", given)}
@@ -120,12 +142,15 @@ def test_jobs(tmp_path):
 @pytest.mark.parametrize("words, complaint", [
     (["--seeds", "0"], "--seeds is 0, it must be at least 1"),
     (["--seeds", "x"], "invalid literal for int"),
-    (["--tasks", "hoper-medium-v2"], "did you mean hopper-medium-v2"),
+    (["--tasks", "hoper-medium-v2"], "hopper-medium-v2"),
     (["--gama", "1"], "--gamma"),
     (["--num-seeds", "2"], "--num-seeds is not passed on"),
     (["--num-updates", "0"], "--num-updates is 0"),
     (["--devices", "cuda:99"], "--devices cuda:99: there is "),
     (["--only-table"], "no finished run"),
+    (["--only-table", "--runs-dir", table1.__file__], "no finished run"),
+    (["--only-table", "--out", table1.__file__], "File exists"),
+    (["--devices", "cpu", "--tasks", "hopper-medium-v2", "--runs-dir", table1.__file__], "Not a directory"),
 ])  # fmt: skip
 def test_bad_input_in_one_line(words, complaint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["table1.py", "--runs-dir", str(tmp_path), "--out", str(tmp_path), *words])
@@ -136,17 +161,6 @@ def test_bad_input_in_one_line(words, complaint, tmp_path, monkeypatch, capsys):
 
 
 # ----------------------------------------------------------------------------- real runs
-
-
-def data_file(path: Path) -> Path:
-    """Writes random data in D4RL's layout."""
-    rng, task, rows = np.random.default_rng(0), TASKS["hopper-medium-v2"], 300
-    with h5py.File(path, "w") as file:
-        file["observations"] = rng.standard_normal((rows, task.state_dim)).astype(np.float32)
-        file["actions"] = np.tanh(rng.standard_normal((rows, task.action_dim))).astype(np.float32)
-        file["rewards"] = rng.standard_normal(rows).astype(np.float32)
-        file["terminals"] = file["timeouts"] = np.zeros(rows, bool)
-    return path
 
 
 def command(folder: Path, data: Path, *words: str) -> list[str]:
@@ -171,7 +185,7 @@ def undisturbed(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     The command was also given walker2d, which the data do not fit.
     """
     folder = tmp_path_factory.mktemp("undisturbed")
-    words = command(folder, data_file(folder / "hopper.hdf5"), "walker2d-medium-v2", "--devices", "cpu")
+    words = command(folder, tiny.write_data(folder / "hopper.hdf5", 300), "walker2d-medium-v2", "--devices", "cpu")
     return folder, subprocess.run(words, capture_output=True, text=True)
 
 
@@ -263,7 +277,7 @@ def test_a_failing_job_takes_no_other_with_it(undisturbed):
     log = folder / "runs" / "logs" / "walker2d-medium-v2__0.log"
     assert done.returncode == 1 and "| hopper-medium-v2 | 2 | 40 |" in done.stdout
     assert "walker2d-medium-v2__0: exit code 2: dql.py: " in done.stderr and f"({log})" in done.stderr
-    assert done.stderr.count("\n") == 2 and "is it walker2d data?" in log.read_text()
+    assert done.stderr.count("\n") == 2 and "walker2d data?" in log.read_text()
 
 
 def test_quick_keeps_to_a_folder_of_its_own():

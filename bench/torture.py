@@ -1,21 +1,28 @@
-"""Kills runs at random moments, resumes them, and checks that they end with the same bits as a run left alone.
+"""Disturbs runs at random moments, resumes them, and checks that they end with the same bits as a run left alone.
 
-    python bench/torture.py --kills 20               # SIGKILL: one seed, several, compiled
-    python bench/torture.py --cases memory overhead  # memory over 200,000 updates; cost of checks and checkpoints
-    python bench/torture.py --cases sigterm          # how long the demo's run takes to stop
+    python bench/torture.py --kills 20                  # SIGKILL: one seed, several, compiled
+    python bench/torture.py --cases soak --minutes 60   # signals, stops, closed streams, full disks, for an hour
+    python bench/torture.py --cases memory overhead     # memory over 200,000 updates; cost of checks and checkpoints
+    python bench/torture.py --cases sigterm             # how long the demo's run takes to stop
 
-Runs are children forked from this process, so that no run has to import torch again. Linux only.
+Runs are children forked from this process, so that no run has to import torch again; otherwise they begin and end as
+`python dql.py` does. Linux only.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import random
+import resource
+import shutil
 import signal
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,69 +31,84 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a forked child could not use the threads 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # compile in the child itself, so that a kill ends that too
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import h5py
 import matplotlib.figure  # noqa: F401, imported here so that children need not
 import mujoco  # noqa: F401
 import numpy as np
+import tiny
 import torch
 import torch._dynamo
 import torch.utils.tensorboard
-from tqdm import tqdm
 
 import dql
 import fast_sampler
-from command_line import parsed
-from d4rl_tasks import TASKS, BadInput
-from run_folder import Progress, check_health, held_signals, log, save, seed_folders, versions, write_whole
+from d4rl_tasks import load_dataset
+from housekeeping import arguments, ending
+from housekeeping.folder import seed_folders, write_json
+from housekeeping.machine import versions
+from housekeeping.run import Run
 
-KILLED = {"one": {}, "several": {"num_seeds": 2}, "compiled": {"compile": True}}
+RUNS = {"one": {}, "several": {"num_seeds": 2}, "compiled": {"compile": True}}
+FAULTS = ("SIGTERM", "SIGHUP", "SIGKILL", "SIGSTOP and SIGCONT", "closed stdout and stderr", "full disk")
 
 
 @dataclass
 class Torture:
-    """Kills runs; measures memory over a long run, the cost of checks and checkpoints, and the time to stop."""
+    """Disturbs runs; measures memory over a long run, the cost of checks and checkpoints, and the time to stop."""
 
+    cases: tuple[Literal["one", "several", "compiled", "soak", "memory", "overhead", "sigterm"], ...] = tuple(RUNS)
+    """which cases to run"""
     kills: int = 20
     """SIGKILLs for each of the cases one, several and compiled"""
-    cases: tuple[Literal["one", "several", "compiled", "memory", "overhead", "sigterm"], ...] = tuple(KILLED)
-    """which cases to run"""
+    minutes: float = 60
+    """length of the case soak"""
     memory_updates: int = 200_000
     """length of the run whose memory is watched"""
     out: Path = Path("runs/torture.json")
     """results file; earlier results of other cases are kept"""
     seed: int = 0
-    """seed of the random moments of the kills"""
+    """seed of what happens when"""
 
 
 def tiny_args(folder: Path, **changes) -> dql.Args:
-    """A run of one or two seconds: random data, and Hopper, which soon falls."""
-    data, task, rng = folder / "data.hdf5", TASKS["hopper-medium-v2"], np.random.default_rng(0)
-    if not data.exists():
-        with h5py.File(data, "w") as file:
-            file["observations"] = rng.standard_normal((600, task.state_dim)).astype(np.float32)
-            file["actions"] = np.tanh(rng.standard_normal((600, task.action_dim))).astype(np.float32)
-            file["rewards"] = rng.standard_normal(600).astype(np.float32)
-            file["terminals"] = rng.uniform(size=600) < 0.05
-            file["timeouts"] = np.zeros(600, bool)
+    """A run of one or two seconds."""
     return dql.Args(**{
-        "env_id": "hopper-medium-v2", "dataset_path": data, "device": "cpu", "runs_dir": folder / "runs",
+        "env_id": tiny.ENV_ID, "dataset_path": tiny.write_data(folder / "data.hdf5"), "device": "cpu",
         "num_updates": 60, "batch_size": 16, "num_steps": 2, "eval_every": 30, "eval_episodes": 2,
-        "eval_candidates": 2, "log_every": 8, "checkpoint_every": 5, "compile": False, **changes,
+        "eval_candidates": 2, "log_every": 8, "checkpoint_every": 5, "compile": False, "runs_dir": folder / "runs",
+        **changes,
     })  # fmt: skip
 
 
-def quiet_train(args: dql.Args, log: Path) -> None:
-    """Trains in a child process, with its output in a file."""
-    fd = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    dql.train(args)
+class Child:
+    """A run in a process of its own, which ends as `python dql.py` does; stdout and stderr go into a pipe."""
 
+    def __init__(self, args: dql.Args):
+        reader, writer = os.pipe()
+        self.reader = os.fdopen(reader, "rb")
+        self.process = multiprocessing.get_context("fork").Process(target=self.run, args=(args, writer))
+        self.process.start()
+        os.close(writer)
 
-def start(args: dql.Args, folder: Path) -> multiprocessing.Process:
-    child = multiprocessing.get_context("fork").Process(target=quiet_train, args=(args, folder / "log.txt"))
-    child.start()
-    return child
+    def run(self, args: dql.Args, writer: int) -> None:
+        self.reader.close()
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        os.close(writer)
+        ending.begin("dql.py")
+        ending.run_main("dql.py", lambda: dql.train(args))
+
+    def alive_after(self, seconds: float | None) -> bool:
+        """Whether it still runs after so many seconds, or at all if None: then waits for its end."""
+        self.process.join(seconds)
+        return self.process.is_alive()
+
+    def end(self, *codes: int) -> None:
+        """Waits for its end. Raises SystemExit, with what it said, if its exit code is none of these."""
+        self.process.join()
+        said = "(its streams were closed)" if self.reader.closed else self.reader.read().decode(errors="replace")
+        self.reader.close()
+        if self.process.exitcode not in codes:
+            sys.exit(f"torture.py: a run ended with exit code {self.process.exitcode}: {said[-2000:]}")
 
 
 def newest(args: dql.Args) -> Path | None:
@@ -118,63 +140,111 @@ def same(a, b) -> bool:
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-def kill_and_compare(args: dql.Args, kills: int, folder: Path, rng: random.Random) -> dict:
-    """Kills and resumes runs at uniformly random moments, up to that many kills; compares them with one left alone."""
-    begun = time.perf_counter()
-    child = start(args, folder)
-    child.join()
-    length, whole = time.perf_counter() - begun, newest(args)
-    if child.exitcode:
-        raise SystemExit(f"torture.py: the run failed: {(folder / 'log.txt').read_text()[-2000:]}")
-    done, runs, alike, resumed_at = 0, 0, True, []
-    again = replace(args, runs_dir=folder / "killed")
-    while True:
-        run = newest(again)
-        fresh = run is None or (run / "summary.json").exists()
-        if done == kills and fresh and runs:
-            break
+def left_alone(args: dql.Args) -> tuple[Path, float]:
+    """A run's folder and its seconds. Makes it twice, for the first may have had to compile."""
+    folders = []
+    for _ in range(2):
         begun = time.perf_counter()
-        child = start(again if fresh else dql.Args(resume=run, device="cpu", compile=args.compile), folder)
-        child.join(rng.uniform(0, length) if done < kills else None)
-        if child.is_alive():
-            child.kill()
-            done += 1
-        child.join()
-        run = newest(again)
-        if child.exitcode == 0:
+        Child(args).end(0)
+        folders.append(newest(args))
+        seconds = time.perf_counter() - begun
+    if not ends_alike(*folders):
+        sys.exit("torture.py: two runs left alone have other bits")
+    return folders[0], seconds
+
+
+def disturb(child: Child, fault: str, seconds: float, room: int) -> None:
+    """Does this to a run, and with SIGSTOP or a full disk waits so long before it takes it back.
+
+    A disk that is full for this process alone: no file that it writes may grow beyond room bytes.
+    """
+    pid, limit = child.process.pid, resource.RLIMIT_FSIZE
+    if fault == "closed stdout and stderr":
+        child.reader.close()  # nobody reads the pipe any more
+    elif fault == "full disk":
+        with suppress(ProcessLookupError):  # it has just ended
+            resource.prlimit(pid, limit, (room, resource.RLIM_INFINITY))
+            child.alive_after(seconds)
+            resource.prlimit(pid, limit, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    else:
+        for name in fault.split(" and "):
+            os.kill(pid, getattr(signal, name))  # a child that has just ended still has its id: nobody has waited
+            if name == "SIGSTOP":
+                time.sleep(seconds)
+        if fault == "SIGKILL":
+            child.process.join()
+
+
+def disturbed(args: dql.Args, faults: tuple, rng: random.Random, count=math.inf, seconds=math.inf) -> dict:
+    """Disturbs and resumes runs at random moments, by so many faults or for so long; the last is left to its end.
+
+    Each run is compared with one left alone. Raises SystemExit if a process ends in a way that no fault explains.
+    """
+    (whole, length), args = left_alone(args), replace(args, runs_dir=args.runs_dir / "disturbed")
+    done, ends, runs, resumed, alike, end = Counter(), Counter(), 0, 0, True, time.monotonic() + seconds
+
+    def go_on() -> bool:
+        return done.total() < count and time.monotonic() < end
+
+    while go_on() or newest(args) or not runs:
+        run = newest(args)
+        resumed += bool(run and (run / "checkpoint.pt").exists())
+        child, codes = Child(dql.Args(resume=run, device="cpu", compile=args.compile) if run else args), {0}
+        while child.alive_after(rng.uniform(0, length) if go_on() else None):
+            fault = rng.choice(faults)
+            done[fault] += 1
+            disturb(child, fault, rng.uniform(0, 3), rng.choice((0, 1000, 10**5, 10**6, 3 * 10**6)))
+            signum = getattr(signal, fault, 0)  # a signal before the first line of the run has its default effect
+            codes |= {-signum, 128 + signum} if signum else {2} if fault == "full disk" else set()
+        child.end(*codes)
+        ends[str(child.process.exitcode)] += 1
+        run = newest(args)
+        if run and (run / "summary.json").exists():
             runs += 1
             alike &= ends_alike(whole, run)
-            length = time.perf_counter() - begun if fresh else length  # the first may have taken longer, to compile
-        elif child.exitcode != -signal.SIGKILL:
-            raise SystemExit(f"torture.py: a run failed: {(folder / 'log.txt').read_text()[-2000:]}")
-        elif run and (run / "checkpoint.pt").exists():
-            resumed_at.append(torch.load(run / "checkpoint.pt", weights_only=True)["progress"]["step"])
-    return {"kills": done, "runs": runs, "same": alike, "checkpoints_resumed_from": resumed_at,
-            "updates": args.num_updates, "seconds_of_one_run": round(length, 1)}  # fmt: skip
+            shutil.rmtree(run)
+        elif child.process.exitcode == 0:
+            sys.exit(f"torture.py: a run ended with exit code 0, but without {run}/summary.json")
+    return {"faults": dict(done), "runs": runs, "same": alike, "processes_by_exit_code": dict(ends),
+            "resumed_from_a_checkpoint": resumed, "seconds_of_one_run": round(length, 1)}  # fmt: skip
 
 
-def watch_memory(args: dql.Args, folder: Path) -> dict:
+def soak(minutes: float, folder: Path, rng: random.Random) -> dict:
+    """All faults, at random, for so many minutes: a third of them each for runs of one seed, of two, and compiled."""
+    found = {}
+    for case, changes in RUNS.items():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")  # may be left half written
+        args = tiny_args(folder, runs_dir=folder / case, **changes)
+        found[case] = disturbed(args, FAULTS, rng, seconds=20 * minutes)
+        print(case, json.dumps(found[case]), flush=True)
+    faults = sum((Counter(of_case["faults"]) for of_case in found.values()), Counter())
+    total = {"minutes": minutes, "faults": dict(faults), "faults_in_all": faults.total(),
+             "runs": sum(of_case["runs"] for of_case in found.values()),
+             "same": all(of_case["same"] for of_case in found.values())}  # fmt: skip
+    return total | found
+
+
+def watch_memory(args: dql.Args) -> dict:
     """Resident memory, threads and open files of a long run, watched each second: at a tenth of it and at the end."""
-    child, seen = start(args, folder), []
-    while child.is_alive():
-        time.sleep(1)
+    child, seen = Child(args), []
+    while child.alive_after(1):
         run = newest(args)
         if run and (run / "metrics.csv").exists():
             update = int((run / "metrics.csv").read_text().splitlines()[-1].split(",")[0])
             try:
-                process = Path(f"/proc/{child.pid}")
+                process = Path(f"/proc/{child.process.pid}")
                 pages = int((process / "statm").read_text().split()[1])
                 counts = [len(list((process / name).iterdir())) for name in ("task", "fd")]
             except OSError:  # it has just ended
                 break
             seen.append((update, pages * os.sysconf("SC_PAGESIZE") / 2**20, *counts))
-    child.join()
+    child.end(0)
     n = args.num_updates
     early = [row for row in seen if 0.08 * n <= row[0] <= 0.12 * n]
     late = [row for row in seen if row[0] >= 0.96 * n]
     mib = [statistics.median(row[1] for row in rows) for rows in (early, late)]
     return {
-        "updates": n, "evaluations": n // args.eval_every, "exit_code": child.exitcode,
+        "updates": n, "evaluations": n // args.eval_every, "exit_code": child.process.exitcode,
         "resident_mib_at_a_tenth": round(mib[0], 1), "resident_mib_at_the_end": round(mib[1], 1),
         "growth": round(mib[1] / mib[0] - 1, 4),
         "threads": [early[0][2], late[-1][2]], "files": [early[0][3], late[-1][3]],
@@ -183,13 +253,12 @@ def watch_memory(args: dql.Args, folder: Path) -> dict:
 
 def overhead(folder: Path) -> dict:
     """What a run adds to bare updates of the demo: its loop, in paired blocks; rows and checkpoints by themselves."""
-    args = replace(dql.with_settings(dql.Args()), device="cpu", compile=False)
-    device, writers = torch.device("cpu"), [torch.utils.tensorboard.SummaryWriter(folder)]
-    data = dql.load_dataset(args.env_id)
-    dataset = dql.make_batch(data, args.reward, device)
-    agent, generators = dql.make_agent(args, 0), [torch.Generator().manual_seed(0)]
+    args = dql.with_settings(dql.Args(device="cpu", compile=False, cudagraphs=False, runs_dir=folder))
+    device, generators = torch.device("cpu"), [torch.Generator().manual_seed(0)]
+    data = load_dataset(args.env_id)
+    dataset, agent = dql.make_batch(data, args.reward, device), dql.make_agent(args, 0)
     _, updates, _ = fast_sampler.make_steps(args, [agent], dataset, generators, generators)
-    now = Progress.begin(1, device, data)
+    run = Run(args, device, data, dql.LOSSES, None)
 
     def bare() -> None:
         sums = 0
@@ -197,15 +266,12 @@ def overhead(folder: Path) -> dict:
             sums = sums + updates(1)
 
     def within_a_run() -> None:
-        stop = now.step + 20
-        while now.step < stop:
-            bar.update(now.advance(updates, stop, 1))
-            check_signals()
+        for _ in range(20):
+            run.advance(updates)
+            run.check_signals()
 
-    def row() -> None:
-        check_health(folder, args, [agent.state_dict()], now)
-        now.add_row(now.end_row())
-        log(args, folder, now.history, writers, None)
+    def save() -> None:
+        run.save([agent.state_dict()], generators)
 
     def seconds(block) -> float:
         begun = time.perf_counter()
@@ -214,13 +280,13 @@ def overhead(folder: Path) -> dict:
 
     bare()
     bares, ratios, rows, saves = [], [], [], []
-    with open(os.devnull, "w") as nowhere, tqdm(total=10**6, file=nowhere) as bar, held_signals() as check_signals:
+    with run.training(save):
         for _ in range(12):
             before, within, after = seconds(bare), seconds(within_a_run), seconds(bare)
             bares.append((before + after) / 2)
             ratios.append(within / bares[-1])
-            rows.append(seconds(row))
-            saves.append(seconds(lambda: save(args, folder, [agent.state_dict()], generators, now)))
+            rows.append(seconds(lambda: run.log(run.end_row())))
+            saves.append(seconds(save))
     update, ratio, of_row, of_save = map(statistics.median, (bares, ratios, rows, saves))
     update /= 20
     added = (ratio - 1) + of_row / (args.log_every * update) + of_save / (args.checkpoint_every * update)
@@ -239,48 +305,43 @@ def stop_demo(folder: Path) -> dict:
         for k in range(3):
             runs = folder / f"{num_seeds}-{k}"
             runs.mkdir()
-            args = dql.Args(num_seeds=num_seeds, device="cpu", compile=False, log_every=20, runs_dir=runs)
-            child = start(args, runs)
-            while child.is_alive() and not any(runs.rglob("metrics.csv")):
-                time.sleep(0.1)
-            child.terminate()
+            child = Child(dql.Args(num_seeds=num_seeds, device="cpu", compile=False, log_every=20, runs_dir=runs))
+            while child.alive_after(0.1) and not any(runs.rglob("metrics.csv")):
+                pass
+            child.process.terminate()
             begun = time.perf_counter()
-            child.join()
+            child.end(128 + signal.SIGTERM)
             times.append(time.perf_counter() - begun)
-            if "Stopped: stopped at update" not in (log := (runs / "log.txt").read_text()):
-                raise SystemExit(f"torture.py: it did not stop: {log[-2000:]}")
         seconds[num_seeds] = round(statistics.median(times), 2)
     return {"seconds_by_seeds": seconds}
 
 
 def main() -> None:
-    try:
-        args = parsed(Torture, sys.argv[1:], "bench/torture.py")
-    except BadInput as error:
-        print(f"torture.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    args = arguments.parsed(Torture, sys.argv[1:], "bench/torture.py")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         for case in dict.fromkeys(args.cases):
-            folder = Path(temporary, case)
+            folder, rng = Path(temporary, case), random.Random(args.seed)
             folder.mkdir()
             if case == "memory":
                 n = args.memory_updates
                 # cloning: an update with critics takes four times as long
-                long = {"num_updates": n, "batch_size": 4, "num_steps": 1, "eta": 0.0, "eval_candidates": 1,
-                        "log_every": 1000, "checkpoint_every": 5000, "eval_every": n // 50}  # fmt: skip
-                results["memory"] = watch_memory(tiny_args(folder, **long), folder)
-            elif case in ("overhead", "sigterm"):
-                results[case] = {"overhead": overhead, "sigterm": stop_demo}[case](folder)
+                found = watch_memory(tiny_args(folder, num_updates=n, batch_size=4, num_steps=1, eta=0.0,
+                                               eval_candidates=1, log_every=1000, checkpoint_every=5000,
+                                               eval_every=n // 50))  # fmt: skip
+            elif case in RUNS:
+                found = disturbed(tiny_args(folder, **RUNS[case]), ("SIGKILL",), rng, count=args.kills)
+                found = {"kills": found.pop("faults").get("SIGKILL", 0)} | found
             else:
-                runs = tiny_args(folder, **KILLED[case])
-                found = kill_and_compare(runs, args.kills, folder, random.Random(args.seed))
-                results["kills"] = results.get("kills", {}) | {case: found}
-            print(case, json.dumps(results["kills"][case] if case in KILLED else results[case]), flush=True)
-            results["versions"] = versions(torch.device("cpu"))
-            write_whole(args.out, lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
+                found = {"overhead": overhead, "sigterm": stop_demo}[case](folder) if case != "soak" else soak(
+                    args.minutes, folder, rng)  # fmt: skip
+            results |= {"kills": results.get("kills", {}) | {case: found}} if case in RUNS else {case: found}
+            print(case, json.dumps(found), flush=True)
+            write_json(args.out, results | {"versions": versions(torch.device("cpu"))})
+            if not found.get("same", True):
+                sys.exit(f"torture.py: {case}: a run ended with other bits than one left alone")
 
 
 if __name__ == "__main__":
-    main()
+    ending.run_main("torture.py", main)
