@@ -85,6 +85,10 @@ class Args:
     """torch.compile losses and gradients, or --no-compile: takes a minute or more. None: if the run is long"""
     cudagraphs: bool | None = None
     """capture the whole update, and acting, as CUDA graphs, or --no-cudagraphs. None: in longer runs on a GPU"""
+    fused: bool = False
+    """on a GPU: compute updates and acting by the Triton kernels of fused.py"""
+    tf32: bool = False
+    """let these kernels compute products in TF32: twice as fast, with errors of 1e-3"""
     runs_dir: Path = Path("runs")
     """where the run's folder ENV__dql__SEED__TIME goes"""
     resume: Path | None = None
