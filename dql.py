@@ -94,6 +94,10 @@ class Args:
     """torch.compile losses and gradients, or --no-compile: takes a minute or more. None: if the run is long"""
     cudagraphs: bool | None = None
     """capture the whole update, and acting, as CUDA graphs, or --no-cudagraphs. None: in longer runs on a GPU"""
+    fused: bool = False
+    """on a GPU: compute updates and acting by the Triton kernels of fused.py"""
+    tf32: bool = False
+    """let these kernels compute products in TF32: twice as fast, with errors of 1e-3"""
     runs_dir: Path = Path("runs")
     """where the run's folder ENV__dql__SEED__TIME goes"""
     resume: Path | None = None
@@ -280,10 +284,9 @@ class DiffusionPolicy(nn.Module):
         angle = torch.arange(num_steps, dtype=beta.dtype)[:, None] * frequency
         self.register_buffer("sinusoid", torch.cat([angle.sin(), angle.cos()], 1), persistent=False)
 
-    def predict_noise(self, action: Tensor, state: Tensor, step: Tensor | int) -> Tensor:
-        """eps(a^i, i, s) = MLP([a^i, t_i, s]), (B, A): action (B, A), state (B, S), step one or (B,) in 0..N-1."""
-        time = self.time_mlp(self.sinusoid[step].to(action.dtype)).expand(len(action), -1)
-        return self.output(self.trunk(torch.cat([action, time, state], -1)))
+    def predict_noise(self, action: Tensor, time: Tensor, state: Tensor) -> Tensor:
+        """eps(a^i, i, s) = MLP([a^i, t_i, s]), (B, A): action (B, A), time (B or 1, 16), state (B, S)."""
+        return self.output(self.trunk(torch.cat([action, time.expand(len(action), -1), state], -1)))
 
     def sample(self, state: Tensor, noise: Tensor) -> Tensor:
         """Differentiable actions (C B, A) in [-max_action, max_action]: C adjacent rows for each of the states (B, S).
@@ -291,10 +294,10 @@ class DiffusionPolicy(nn.Module):
         noise (N + 1, C B, A): noise[0] is a^N, noise[1..N] drive the steps i = N..1; the last is not used.
         """
         state = state.repeat_interleave(noise.shape[1] // max(len(state), 1), 0)
-        action = noise[0]
+        action, times = noise[0], self.time_mlp(self.sinusoid.to(noise.dtype))  # t_i of all N steps, (N, 16)
         for step_noise, i in zip(noise[1:], reversed(range(len(self.reverse))), strict=True):
             r, m, c0, ci, sigma = self.reverse[i]  # the paper's step i + 1
-            eps = self.predict_noise(action, state, i)
+            eps = self.predict_noise(action, times[i], state)
             a0 = (r * action - m * eps).clamp(-self.max_action, self.max_action)
             action = c0 * a0 + ci * action
             if i > 0:
@@ -305,7 +308,8 @@ class DiffusionPolicy(nn.Module):
         """L_d, Eq. 2: action (B, A), state (B, S), step (B,) in 0..N-1 with 0 least noisy, noise (B, A) -> ()."""
         scale = self.forward_scale.to(action.dtype)[step]
         noisy_action = scale[:, :1] * action + scale[:, 1:] * noise
-        return F.mse_loss(self.predict_noise(noisy_action, state, step), noise)
+        time = self.time_mlp(self.sinusoid.to(action.dtype)[step])
+        return F.mse_loss(self.predict_noise(noisy_action, time, state), noise)
 
 
 class TwinQ(nn.Module):

@@ -9,9 +9,11 @@ What it costs: seconds of capture (minutes with torch.compile), memory for the g
 another batch size needs another graph. Whatever changes from update to update (learning rates, the coin, whether the
 average moves, the step count) must be a device tensor; random numbers come from generators registered with the graph.
 
-`choose_path` decides what pays, by device and length of run. No loss and no network is defined here: `replicate` maps
-those of dql.py over a leading axis of replicas, and the graphs record dql.py's `train_step` and `act_fresh`. The tests
-hold every path equal to the eager one.
+Three paths remain. Eager is the reference. Compiled, and on a GPU captured, runs wherever torch.compile does;
+`choose_path` takes it where it pays, by device and length of run. Fused and captured (--fused) makes an update of 68
+launches by fused.py; it is to be the default on a GPU once one has run it. No loss and no network is defined here:
+`replicate` maps those of dql.py over a leading axis of replicas, and the graphs record `train_step` and `act_fresh`.
+The tests hold every path equal to the eager one.
 """
 
 from __future__ import annotations
@@ -56,6 +58,8 @@ def choose_path(args: Args, device: torch.device) -> Args:
     on_gpu = device.type == "cuda"
     if args.cudagraphs and not on_gpu:
         raise BadInput("--cudagraphs (given, or the resumed run's) needs --device cuda and a GPU")
+    if args.fused and not (on_gpu and importlib.util.find_spec("triton")):
+        raise BadInput("--fused (given, or the resumed run's) needs --device cuda, a GPU, and the package triton")
     lacks = lacks_to_compile(on_gpu)
     if args.compile and lacks:
         raise BadInput(f"--compile needs {lacks}: install it, or give --no-compile")
@@ -63,14 +67,14 @@ def choose_path(args: Args, device: torch.device) -> Args:
     long = args.num_updates >= 20_000 if on_gpu else args.num_updates * args.num_seeds >= 5_000
     return replace(
         args,
-        compile=long and not lacks if args.compile is None else args.compile,
+        compile=long and not lacks and not args.fused if args.compile is None else args.compile,
         cudagraphs=on_gpu and args.num_updates >= 2_000 if args.cudagraphs is None else args.cudagraphs,
     )
 
 
 def path_name(args: Args) -> str:
     """The chosen path in words."""
-    name = "compiled (which takes a minute or more)" if args.compile else "eager"
+    name = "fused" if args.fused else "compiled (which takes a minute or more)" if args.compile else "eager"
     return f"{name} and captured" if args.cudagraphs else name
 
 
@@ -98,10 +102,14 @@ def make_steps(
     """
     if agents[0].device.type == "cpu":
         keep_freed_memory()
-    elif len(agents) > 1:
+    elif len(agents) > 1 or args.fused:
         agents, generators, eval_generators = [replicate(agents)], [generators], [eval_generators]
     check_memory(args, agents[0])
-    eager = [{name: getattr(agent, name) for name in COMPILED} for agent in agents]
+    if args.fused:
+        from fused import FusedDiffusionQL
+
+        agents = [FusedDiffusionQL(agents[0], args.tf32)]
+    eager = [{name: getattr(agent, name) for name in COMPILED if hasattr(agent, name)} for agent in agents]
     build = captured_steps if args.cudagraphs else steps_in_turn
     try:
         for agent in agents if args.compile else ():
@@ -110,9 +118,10 @@ def make_steps(
     except Exception as error:  # of a compiler: of any kind
         if isinstance(error, BadInput) or not args.compile:
             raise
+        why = reason(getattr(error, "inner_exception", error))  # which dynamo wraps in one that says little
         if not fall_back:
-            raise BadInput(f"--compile fails here ({reason(error)}): give --no-compile") from None
-        print(f"warning: compiling fails here ({reason(error)}): runs are eager, and slower", file=sys.stderr)
+            raise BadInput(f"--compile fails here ({why}): give --no-compile") from None
+        print(f"warning: compiling fails here ({why}): runs are eager, and slower", file=sys.stderr)
     for agent, methods in zip(agents, eager, strict=True):
         vars(agent).update(methods)
     return agents, *build(args, agents, dataset, generators, eval_generators)
@@ -208,7 +217,7 @@ def unstack(state: dict, k: int) -> dict:
 
 def states_of(agents: Sequence[DiffusionQL], num_seeds: int) -> list[dict]:
     """The state of each seed; agents has one agent per seed, or the single one that `replicate` made of them."""
-    if len(agents) == num_seeds:
+    if agents[0].eta.dim() == 0:
         return [agent.state_dict() for agent in agents]
     return [unstack(agents[0].state_dict(), k) for k in range(num_seeds)]
 
@@ -333,13 +342,15 @@ class FastSampler:
         def step() -> None:
             self.actions = agent.act_fresh(self.states, generator)
 
-        self.step = step  # keeps the agent alive: a graph does not hold tensors that were made outside it
-        generators = generator if isinstance(generator, list) else [generator]
-        self.states = torch.zeros(len(generators) * num_states, agent.state_dim, device=agent.device)
-        with unchanged([agent], generators):
-            self.graph = capture(step, generators, agent.device)
+        self.agent = agent  # stays alive with this: a graph does not hold tensors that were made outside it
+        self.generators = generator if isinstance(generator, list) else [generator]
+        self.states = torch.zeros(len(self.generators) * num_states, agent.state_dim, device=agent.device)
+        with unchanged([agent], self.generators):
+            self.graph = capture(step, self.generators, agent.device)
 
     def __call__(self, states: Tensor) -> Tensor:
+        if hasattr(self.agent, "reseed"):  # fused.py's own random numbers follow a generator's seed
+            self.agent.reseed(self.generators)
         if states.shape != self.states.shape:
             raise ValueError(f"captured for states of shape {tuple(self.states.shape)}, not {tuple(states.shape)}")
         self.states.copy_(states)

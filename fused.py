@@ -447,11 +447,15 @@ class FusedDiffusionQL:
         self.act_count.zero_()
         self.act_seeds = seeds
 
-    def act_fresh(self, states: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Actions (K E, A) for states (K E, S), replica by replica, with fresh noise; overwritten by the next."""
+    def reseed(self, generators: list[torch.Generator]) -> None:
+        """Follows generators that were seeded anew: a captured graph cannot look at them."""
         seeds = [g.initial_seed() for g in generators]
         if seeds != self.act_seeds:
             self.seed_acting(seeds)
+
+    def act_fresh(self, states: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Actions (K E, A) for states (K E, S), replica by replica, with fresh noise; overwritten by the next."""
+        self.reseed(generators)
         own = self.actor(len(states) // self.K, self.args.eval_candidates)
         noise, gumbel, normals, last = own.noise, own.gumbel, own.noise[0].numel(), own.gumbel[0].numel()
         launch(draw, (triton.cdiv(normals, 1024) + triton.cdiv(last, 256), self.K), self.act_key, self.act_count, noise,

@@ -830,16 +830,20 @@ def test_paths_are_chosen_by_device_and_length(monkeypatch):
         args = fast_sampler.choose_path(dql.with_settings(Args(**args)), device)
         return args.compile, args.cudagraphs
 
-    assert chosen(cpu, num_updates=100) == (False, False) and chosen(cpu, num_updates=10**6) == (True, False)
-    assert chosen(gpu, num_updates=100) == (False, False) and chosen(gpu, num_updates=10_000) == (False, True)
-    assert chosen(gpu, num_updates=10**6) == (True, True)
-    assert chosen(cpu, num_updates=2500, num_seeds=2) == (True, False) and not chosen(cpu, num_updates=4999)[0]
-    assert chosen(gpu, num_updates=10**6, compile=False, cudagraphs=False) == (False, False)
-    with pytest.raises(BadInput, match="--cudagraphs"):
-        chosen(cpu, cudagraphs=True)
+    eager, compiled, captured, both = (False, False), (True, False), (False, True), (True, True)
+    assert chosen(cpu, num_updates=100) == eager and chosen(cpu, num_updates=10**6) == compiled
+    assert chosen(cpu, num_updates=2500, num_seeds=2) == compiled and chosen(cpu, num_updates=4999) == eager
+    assert chosen(gpu, num_updates=100) == eager and chosen(gpu, num_updates=19_999) == captured
+    assert chosen(gpu, num_updates=20_000) == both
+    assert chosen(gpu, num_updates=20_000, compile=False, cudagraphs=False) == eager
+    monkeypatch.setattr(fast_sampler.importlib.util, "find_spec", lambda name: True)
+    assert chosen(gpu, num_updates=20_000, fused=True) == captured
+    for flag in ("cudagraphs", "fused"):
+        with pytest.raises(BadInput, match=f"--{flag}"):
+            chosen(cpu, **{flag: True})
     monkeypatch.undo()
     monkeypatch.setattr(fast_sampler.shutil, "which", lambda name: None)
-    assert chosen(cpu, num_updates=10**6) == (False, False)
+    assert chosen(cpu, num_updates=10**6) == eager
     with pytest.raises(BadInput, match=r"--compile needs a compiler, g\+\+"):
         chosen(cpu, compile=True)
 

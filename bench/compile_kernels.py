@@ -92,7 +92,7 @@ def kinds(launches: list[tuple]) -> dict[tuple, tuple]:
     return found
 
 
-# Microseconds of a launch on an H200, from /shared's design.md: one layer of so many groups of 256 rows (tf32x3), and
+# Microseconds of a launch on an H200, captured in a chain: one layer of so many groups of 256 rows (tf32x3), and
 # (constant, for each agent) of other kernels. Measured: layers, weight gradients of the hidden layers, sum_parts, adam,
 # and the products of four words; the rest are estimates from kernels of the same size.
 LAYER = [(1, 4.3), (2, 5.2), (4, 6.1), (10, 12.7), (128, 113.0)]

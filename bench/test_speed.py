@@ -83,6 +83,7 @@ def measure(benchmark, work: Callable[[], object], rounds: int = 7) -> object:
 
 
 gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU")
+GPU_PATHS = ("captured", "compiled, captured", "fused, captured")
 
 
 # ----------------------------------------------------------------------------- updates
@@ -90,30 +91,32 @@ gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU")
 
 @pytest.mark.benchmark(group=f"{UPDATES} updates")
 @pytest.mark.parametrize(
-    "path", ["eager", "compiled", pytest.param("captured", marks=gpu), pytest.param("compiled, captured", marks=gpu)]
+    "path", ["eager", "compiled", *(pytest.param(p, marks=gpu) for p in GPU_PATHS)]
 )
 def test_update(benchmark, path) -> None:
-    work = trainer(compile="compiled" in path, cudagraphs="captured" in path)
+    work = trainer(compile="compiled" in path, cudagraphs="captured" in path, fused="fused" in path)
     assert torch.isfinite(measure(benchmark, work)).all()
 
 
 @pytest.mark.benchmark(group=f"{UPDATES} updates of each replica")
 @pytest.mark.parametrize("replicas", [1, 4, *(pytest.param(k, marks=gpu) for k in (5, 16, 64))])
 def test_update_replicas(benchmark, replicas) -> None:
-    work = trainer(replicas=replicas, compile=True, cudagraphs=ON_GPU)
+    work = trainer(replicas=replicas, compile=not ON_GPU, cudagraphs=ON_GPU, fused=ON_GPU)
     assert torch.isfinite(measure(benchmark, work)).all()
 
 
 @pytest.mark.benchmark(group=f"{UPDATES} updates: N")
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 10, 20, 50])
 def test_update_of_n_steps(benchmark, num_steps) -> None:
-    assert torch.isfinite(measure(benchmark, trainer(num_steps=num_steps, cudagraphs=ON_GPU), rounds=3)).all()
+    work = trainer(num_steps=num_steps, cudagraphs=ON_GPU, fused=ON_GPU)
+    assert torch.isfinite(measure(benchmark, work, rounds=3)).all()
 
 
 @pytest.mark.benchmark(group=f"{UPDATES} updates: batch size")
 @pytest.mark.parametrize("batch_size", [64, 256, 1024, 4096])
 def test_update_of_batch_size(benchmark, batch_size) -> None:
-    assert torch.isfinite(measure(benchmark, trainer(batch_size=batch_size, cudagraphs=ON_GPU), rounds=3)).all()
+    work = trainer(batch_size=batch_size, cudagraphs=ON_GPU, fused=ON_GPU)
+    assert torch.isfinite(measure(benchmark, work, rounds=3)).all()
 
 
 # ----------------------------------------------------------------------------- acting, evaluation

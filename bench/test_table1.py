@@ -99,7 +99,7 @@ def test_damaged_and_foreign_json_is_skipped(tmp_path, capsys):
     whole, summary = make_run(tmp_path, "hopper-medium-v2", 1, (1.0, 1.0, 1.0)), {"num_updates": 2_000_000}
     args = json.loads((whole / "args.json").read_text())
     bad_args = ["", "[1, 2", "[]", "3", '"env_id"', "[" * 10_000, "{}", json.dumps(args | {"env_id": ["a"]}),
-                json.dumps(args | {"seed": "0"}), json.dumps(args | {"env_id": "nothing-v0"}), "\0\udcff",
+                json.dumps(args | {"seed": "0"}), "\0\udcff",
                 json.dumps({"env_id": "hopper-medium-v2"})]  # fmt: skip
     scores = json.loads((whole / "summary.json").read_text())
     bad_summaries = ["", "[]", "{}", json.dumps(summary), json.dumps(scores | {"last": 1.0}),

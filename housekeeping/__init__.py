@@ -4,8 +4,9 @@
     ending.py       signals, streams that break, and errors as one line
     folder.py       files written whole, and the lock on a run's folder
     machine.py      devices, memory, versions
-    checkpoint.py   how far a run has come, saved and restored
-    report.py       rows of metrics.csv, curve.png, TensorBoard, summary.json
+    checkpoint.py   how far a run has come, read back and checked
+    report.py       metrics.csv, curve.png, which scores are reported
     command.py      the command dql
     run.py          a run while it trains: all of these together
+    acting.py       a trained policy as a function, and a film of it
 """

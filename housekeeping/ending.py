@@ -55,8 +55,7 @@ def in_ascii(error: UnicodeError) -> tuple[str, int]:
 def begin(program: str) -> None:
     """Called before anything slow is imported: from now on no signal and no broken stream leaves a traceback.
 
-    A signal ends the process at once with one line. Nothing is lost: files are written beside and renamed, and while a
-    run trains `held_signals` takes over.
+    A signal ends the process at once; while a run trains, `held_signals` takes over.
     """
     with suppress(OSError):
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # after 2>&- a data file would get stderr's number
@@ -64,7 +63,8 @@ def begin(program: str) -> None:
     codecs.register_error("in_ascii", in_ascii)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or Path(os.devnull).open("w")  # noqa: SIM115
-        stream.reconfigure(errors="in_ascii")
+        with suppress(OSError):  # of a file that has become a pipe
+            stream.reconfigure(errors="in_ascii")
         setattr(sys, name, Stream(stream))
 
     def leave(signum: int, _: object) -> None:
@@ -107,11 +107,8 @@ def out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def held_signals() -> Iterator[Callable[[], None]]:
-    """Holds signals back; yields a function that raises Stopped once one has arrived. A second has its usual
-    effect. Only the main thread gets signals: in another nothing is held back.
-    """
-    arrived: list[int] = []
-    before = {}
+    """Holds signals back; yields a function that raises Stopped once one has arrived. A second has its usual effect."""
+    arrived, before = [], {}
 
     def note(signum: int, _: object) -> None:
         arrived.append(signum)
@@ -125,12 +122,10 @@ def held_signals() -> Iterator[Callable[[], None]]:
         if arrived:
             raise Stopped(arrived[0])
 
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():  # no other thread can handle signals
         for signum in SIGNALS:
-            handler = signal.getsignal(signum)
-            if handler not in (signal.SIG_IGN, None):  # ignored, or not Python's
-                before[signum] = handler
-                signal.signal(signum, note)
+            if signal.getsignal(signum) not in (signal.SIG_IGN, None):  # ignored, or not Python's
+                before[signum] = signal.signal(signum, note)
     try:
         yield check
     finally:

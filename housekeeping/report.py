@@ -10,13 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from d4rl_tasks import reason, score_name
 from housekeeping.arguments import Args
-from housekeeping.folder import seed_folders, seed_runs, write_json
-from housekeeping.machine import versions
+from housekeeping.folder import seed_folders
 
 SELECTIONS = ("last", "best", "offline")  # evaluations that are reported, see `select`
 
@@ -26,22 +24,17 @@ def select(rows: list[dict], args: Args) -> dict[str, dict]:
     mean since the evaluation before ("offline selection", which needs no environment)."""
     evaluations, losses, weights, start = [], [], [], 0
     for row in rows:
-        weights.append(row["step"] - start)
         losses.append(row["bc_loss"])
+        weights.append(row["step"] - start)
         start = row["step"]
         if row["score"] != "":
-            evaluations.append(row | {"bc_loss": np.average(losses, weights=weights)})
+            evaluations.append({"score": row["score"], "std": row["score_std"], "episodes": args.eval_episodes,
+                                "step": row["step"], "loss": np.average(losses, weights=weights)})  # fmt: skip
             losses, weights = [], []
-    by_loss = sorted(evaluations, key=lambda row: row["bc_loss"])
-    chosen = (
-        evaluations[-1],
-        max(evaluations, key=lambda row: row["score"]),
-        by_loss[min(args.offline_rank, len(by_loss) - 1)],
-    )
-    return {
-        name: {"score": row["score"], "std": row["score_std"], "episodes": args.eval_episodes, "step": row["step"]}
-        for name, row in zip(SELECTIONS, chosen, strict=True)
-    }
+    by_loss = sorted(evaluations, key=lambda one: one["loss"])
+    best = max(evaluations, key=lambda one: one["score"])
+    chosen = evaluations[-1], best, by_loss[min(args.offline_rank, len(by_loss) - 1)]
+    return {name: {k: v for k, v in one.items() if k != "loss"} for name, one in zip(SELECTIONS, chosen, strict=True)}
 
 
 def write_metrics(path: Path, rows: list[dict]) -> None:
@@ -53,12 +46,10 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
 
 def write_curve(file: Path | io.BytesIO, rows: list[dict], args: Args, paper: tuple[float, float] | None) -> None:
     """Score (band: one standard deviation over episodes) and losses over updates."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)  # whatever MPLBACKEND says
     left, right = figure.subplots(1, 2)
     step, score, std = np.array([(r["step"], r["score"], r["score_std"]) for r in rows if r["score"] != ""]).T
     left.plot(step, score, marker=".", label=f"{args.eval_episodes} episodes")
@@ -110,33 +101,6 @@ def q_alarm(reward: Tensor, args: Args) -> Callable[[list[dict]], None]:
                       f"rewards allow {low:.4g} to {high:.4g}", file=sys.stderr)  # fmt: skip
 
     return warn
-
-
-def summarize(args: Args, folder: Path, history: list[list[dict]], paper: tuple | None, device: torch.device) -> dict:
-    """Writes each seed's summary.json and, with several seeds, that of all, with mean and spread; returns the run's."""
-    last = history[0][-1]
-    common = {
-        "env_id": args.env_id,
-        "score_is": score_name(args.env_id, args.score_range),
-        "num_updates": last["step"],
-        "paper": paper,
-        "updates_per_second": last["step"] / last["seconds"],
-        "seconds": last["seconds"],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "versions": versions(device),
-    }
-    summaries = []
-    for (path, own), rows in zip(seed_runs(args, folder), history, strict=True):
-        summaries.append(common | {"seed": own.seed, **select(rows, own), "folder": str(path)})
-        write_json(path / "summary.json", summaries[-1])
-    if args.num_seeds == 1:
-        return summaries[0]
-    summary = common | {"seed": args.seed, "num_seeds": args.num_seeds, "folder": str(folder)}
-    for name in SELECTIONS:
-        scores = [one[name]["score"] for one in summaries]
-        summary[name] = {"score": float(np.mean(scores)), "std": float(np.std(scores)), "scores": scores}
-    write_json(folder / "summary.json", summary)
-    return summary
 
 
 def finished(args: Args, folder: Path) -> dict | None:

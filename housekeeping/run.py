@@ -19,7 +19,7 @@ from housekeeping import report
 from housekeeping.arguments import Args, as_json
 from housekeeping.checkpoint import all_finite, load, read_checkpoint
 from housekeeping.ending import Diverged, Stopped, held_signals
-from housekeeping.folder import only_writer, seed_runs, start_folder, write_args, write_torch, write_whole
+from housekeeping.folder import only_writer, seed_runs, start_folder, write_args, write_json, write_torch, write_whole
 from housekeeping.machine import versions
 
 GROUP = 10  # captured updates are made in groups of so many: between two groups the program looks for signals
@@ -50,7 +50,8 @@ class Run:
         """No other process writes the folder. If the block fails before the first update, a new folder is removed."""
         try:
             with only_writer(self.folder):
-                write_args(self.args, self.folder)
+                if not self.args.resume:
+                    write_args(self.args, self.folder)
                 yield
         except BaseException:
             if not self.args.resume and self.step == 0:
@@ -68,11 +69,12 @@ class Run:
         self.curves, self.writers = report.curves_work(self.args), []
         self.bar = tqdm(total=self.args.num_updates, initial=self.step, mininterval=0.5 if sys.stderr.isatty() else 60)
         try:
-            # events of an interrupted run after its last checkpoint are hidden: they come again
-            self.writers = [SummaryWriter(path, purge_step=self.step + 1) for path, _ in self.seeds]
-            if self.args.resume:  # files may have been lost
+            if self.args.resume:  # files may have been lost, and arguments changed
+                write_args(self.args, self.folder)
                 save()
                 self.write_rows()
+            # events of an interrupted run after its last checkpoint are hidden: they come again
+            self.writers = [SummaryWriter(path, purge_step=self.step + 1) for path, _ in self.seeds]
             with self.bar, held_signals() as self.check_signals:
                 yield
         except Stopped as stopped:
@@ -90,9 +92,9 @@ class Run:
         """Copies TensorBoard's events to Weights & Biases. Raises BadInput."""
         import wandb
 
+        name, config = self.folder.name, asdict(self.args)
         try:
-            wandb.init(project="dql", name=self.folder.name, dir=self.folder, config=asdict(self.args),
-                       sync_tensorboard=True)  # fmt: skip
+            wandb.init(project="dql", name=name, dir=self.folder, config=config, sync_tensorboard=True)
         except Exception as error:  # it has errors of its own for each way not to be logged in
             raise BadInput(f"--track: {reason(error)}") from None
 
@@ -136,8 +138,8 @@ class Run:
         self.check_finite([])  # waits for the device
         self.seconds += time.perf_counter() - begun
         count, before = self.step - self.last_row, self.history[0][-1]["seconds"] if self.history[0] else 0.0
-        rest = {"score": "", "score_std": "", "updates_per_second": count / self.seconds,
-                "seconds": before + self.seconds}  # fmt: skip
+        times = {"updates_per_second": count / self.seconds, "seconds": before + self.seconds}
+        rest = {"score": "", "score_std": "", **times}
         means = (self.sums / count).tolist()
         return [{"step": self.step, **dict(zip(self.losses, mean, strict=True)), **rest} for mean in means]
 
@@ -165,8 +167,26 @@ class Run:
                 write_whole(folder / "curve.png", partial(report.write_curve, rows=rows, args=args, paper=self.paper))
 
     def summarize(self) -> dict:
-        """Writes summary.json, of each seed and of all; returns the run's."""
-        return report.summarize(self.args, self.folder, self.history, self.paper, self.device)
+        """Writes summary.json, of each seed and, with several, of all, with mean and spread; returns the run's."""
+        last, gpu = self.history[0][-1], self.device.type == "cuda"
+        common = {
+            "env_id": self.args.env_id, "score_is": score_name(self.args.env_id, self.args.score_range),
+            "num_updates": last["step"], "paper": self.paper,
+            "updates_per_second": last["step"] / last["seconds"], "seconds": last["seconds"],
+            "device": torch.cuda.get_device_name(self.device) if gpu else "cpu", "versions": versions(self.device),
+        }  # fmt: skip
+        summaries = []
+        for (folder, args), rows in zip(self.seeds, self.history, strict=True):
+            summaries.append(common | {"seed": args.seed, **report.select(rows, args), "folder": str(folder)})
+            write_json(folder / "summary.json", summaries[-1])
+        if self.args.num_seeds == 1:
+            return summaries[0]
+        summary = common | {"seed": self.args.seed, "num_seeds": self.args.num_seeds, "folder": str(self.folder)}
+        for name in report.SELECTIONS:
+            scores = [one[name]["score"] for one in summaries]
+            summary[name] = {"score": float(np.mean(scores)), "std": float(np.std(scores)), "scores": scores}
+        write_json(self.folder / "summary.json", summary)
+        return summary
 
     # --- checkpoints
 
@@ -197,15 +217,13 @@ class Run:
 
         Raises BadInput if the checkpoint is damaged, or of another run, device or data. Warns if versions differ.
         """
-        has_begun = any((self.folder / name).exists() for name in ("checkpoint.pt", "summary.json"))
-        if not (self.args.resume and has_begun):
+        if not self.args.resume or not any((self.folder / f).exists() for f in ("checkpoint.pt", "summary.json")):
             return
         checkpoint = read_checkpoint(self.folder, self.args, self.device)
         if checkpoint["device"] != self.device.type:
             raise BadInput(f"{self.folder} ran on {checkpoint['device']}, and resumes exactly only there: see --device")
         if checkpoint["progress"]["data"] != self.data:
-            raise BadInput(f"the data are no longer those that {self.folder} began with: bring those back, or begin a "
-                           "new run")  # fmt: skip
+            raise BadInput(f"the data are not those that {self.folder} began with: give those, or begin a new run")
         load(checkpoint, self.folder, agents, generators)
         vars(self).update(checkpoint["progress"])
         path = {name: getattr(self.args, name) for name in ("compile", "cudagraphs")}
@@ -223,9 +241,8 @@ class Run:
         if not table.all():
             bad = ", ".join(name for name, of_seeds in zip(fine, table, strict=True) if not of_seeds.all())
             seeds = ", ".join(str(self.args.seed + k) for k, of_all in enumerate(table.T) if not of_all.all())
-            path = self.folder / "checkpoint.pt"
-            left = f"{path} is of update {self.kept:,}" if self.kept else "there is no checkpoint yet"
-            raise Diverged(f"{bad} not finite in updates {self.last_row + 1:,} to {self.step:,}, seed {seeds}; {left}. "
+            kept = f"{self.folder / 'checkpoint.pt'} is of update {self.kept:,}" if self.kept else "no checkpoint yet"
+            raise Diverged(f"{bad} not finite in updates {self.last_row + 1:,} to {self.step:,}, seed {seeds}; {kept}. "
                            "Try a smaller --learning-rate, --eta or --grad-norm")  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def fails(capsys, *words: str) -> str:
     (["--device", "tpu9"], "--device is tpu9, it must be"),
     (["--device", "cuda:99"], "--device cuda:99 (given, found or resumed) cannot be used"),
     (["--seed", "18446744073709551616"], "below 2^31"),
-    (["--seed", "2147483647", "--num-seeds", "2"], "the last of the seeds below 2^31"),
+    (["--seed", "2147483647", "--num-seeds", "2", "--num-updates", "1"], "the last of the seeds below 2^31"),
     (["--dataset-path", "no-such-file.hdf5"], "no-such-file.hdf5"),
     (["--runs-dir", os.fsdecode(b"a\xff")], "is not UTF-8"),
     (["--resume", "no-such-run"], "no-such-run is not the folder of a run"),

@@ -88,7 +88,7 @@ def test_a_signal_in_the_first_seconds_is_one_line(signum, delay, tmp_path):
         process.send_signal(signum)
         err = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signum and len(told(err)) == 1, err
-    assert told(err)[0].startswith("dql.py: stopped ")
+    assert told(err)[0].startswith("dql.py: stopped " if delay else f"dql.py: stopped by {signum.name};")
 
 
 @procfs_wanted
@@ -155,11 +155,24 @@ def test_a_run_goes_on_without_a_reader(tmp_path):
 
 
 def test_a_report_in_ascii_without_stderr(tmp_path):
-    """`PYTHONIOENCODING=ascii python dql.py ... 2>&-`, as in cron's jobs. Libraries start processes that need a stderr."""
+    """`PYTHONIOENCODING=ascii python dql.py ... 2>&-`, as in cron's jobs."""
     args = tiny_args(tmp_path, num_updates=4)
     words = ["bash", "-c", 'exec "$@" 2>&-', "bash", sys.executable, str(ROOT / "dql.py"), *flags(args)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and re.search(r"last +-?\d+\.\d \+- \d+\.\d \(3 episodes", done.stdout), done.stdout
+
+
+def test_processes_that_libraries_start_have_streams():
+    """Although this one began without: GLFW's bindings load its library in a process that needs stderr."""
+    script = """if True:
+        import subprocess, sys
+        from housekeeping import ending
+        ending.begin("x.py")
+        child = "import sys; sys.exit(sys.stdin is None or sys.stderr is None)"
+        sys.exit(subprocess.run([sys.executable, "-c", child]).returncode)
+    """
+    words = ["bash", "-c", 'exec "$@" 2>&- <&-', "bash", sys.executable, "-c", script]
+    assert subprocess.run(words, cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("words", [">/dev/full 2>&1", ">&- 2>&-", "| head -c 1"])

@@ -277,13 +277,15 @@ def test_broken_args_are_refused_or_act_as_the_whole_ones(unfinished):
 def test_resume_refuses_what_is_not_the_run(unfinished, run_left_alone, tmp_path):  # noqa: F811
     import h5py
 
-    args, _ = run_left_alone(1)
+    args, before = run_left_alone(1)[0], (unfinished / "args.json").read_bytes()
     bad_input(lambda: resume(tmp_path / "no-such-run"), "no-such-run is not the folder of a run")
     bad_input(lambda: resume(unfinished, eta=7.0), "--eta 7.0 (the run's: 1.0)")
     moved = Path(shutil.copy(args.dataset_path, tmp_path / "moved.hdf5"))
     with h5py.File(moved, "r+") as file:
         file["rewards"][7] += 1
-    bad_input(lambda: resume(unfinished, dataset_path=moved), "data are no longer those")
+    bad_input(lambda: resume(unfinished, dataset_path=moved), "data are not those")
+    bad_input(lambda: resume(unfinished, dataset_path=moved, num_updates=90), "data are not those")
+    assert (unfinished / "args.json").read_bytes() == before, "what is refused changes nothing"
     state = read_torch(unfinished)
     torch.save(state | {"device": "cuda"}, unfinished / "checkpoint.pt")
     bad_input(lambda: resume(unfinished), "ran on cuda")
