@@ -135,7 +135,7 @@ def test_train_takes_arrays_and_a_function_that_makes_environments(own_id, tmp_p
     assert more["num_updates"] == 6
     data["rewards"] = data["rewards"] + 1
     more = dql.Args(resume=folder, device="cpu", num_updates=8)
-    bad_input(lambda: dql.train(more, data=data, make_env=make), "data are no longer")
+    bad_input(lambda: dql.train(more, data=data, make_env=make), "data are not those")
     bad_input(lambda: dql.train(more), "mine/toy")
     for known in (HOPPER, "cube-single-play-singletask-v0"):
         bad_input(lambda: dql.train(tiny(tmp_path, env_id=known), data=data, make_env=make), known, "another name")  # noqa: B023
