@@ -60,6 +60,8 @@ def choose_path(args: Args, device: torch.device) -> Args:
         raise BadInput("--cudagraphs (given, or the resumed run's) needs --device cuda and a GPU")
     if args.fused and not (on_gpu and importlib.util.find_spec("triton")):
         raise BadInput("--fused (given, or the resumed run's) needs --device cuda, a GPU, and the package triton")
+    if args.fused and args.hidden_dim % 64:
+        raise BadInput(f"--fused needs a --hidden-dim that is a multiple of 64, not {args.hidden_dim}")
     lacks = lacks_to_compile(on_gpu)
     if args.compile and lacks:
         raise BadInput(f"--compile needs {lacks}: install it, or give --no-compile")

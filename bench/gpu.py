@@ -31,7 +31,7 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dql  # noqa: E402
 import fused  # noqa: E402
-from fast_sampler import FastSampler, FastUpdate, replicate  # noqa: E402
+from fast_sampler import FastSampler, FastUpdate, compile_agent, replicate  # noqa: E402
 
 if options.dry_run:
     fused.launch = lambda *args, **constants: None
@@ -102,7 +102,9 @@ class Built:
         if "fused" in name:
             self.agent = fused.FusedDiffusionQL(replicate(agents), tf32="tf32" in name)
         else:
-            self.agent = replicate(agents, "compiled" in name)
+            self.agent = replicate(agents)
+            if "compiled" in name:
+                compile_agent(self.agent)
         data = dataset()
         if "eager" in name:
             self.updates = lambda n: [self.agent.train_step(data, own) for _ in range(n)]
