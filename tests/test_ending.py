@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -65,13 +67,22 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def started(args: dql.Args, *words: str, **options) -> subprocess.Popen:
-    """The process of such a run. SIGINT is not ignored, as it is in background jobs."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "dql.py"), *flags(args), "--no-compile", *words], text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options,
-    )  # fmt: skip
+def unignored() -> None:
+    """Undoes what background jobs and nohup begin with: a run ignores what its parent ignores."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
+@contextmanager
+def started(args: dql.Args, *words: str, **options) -> Iterator[subprocess.Popen]:
+    """The process of such a run, which ends with the block; it ignores no signals."""
+    command = [sys.executable, str(ROOT / "dql.py"), *flags(args), "--no-compile", *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, text=True, env=env, preexec_fn=unignored, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 procfs_wanted = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
