@@ -16,7 +16,8 @@ and the agent's state: any two implementations can be given the same numbers and
 
 Where the paper, the official code (github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL) and this file differ,
 the default is what the official code effectively does (except 2, 11 and 12), since the published scores come from it.
- 1. Learning rates are constant: the official decay only moves them to 0.999 of their start. --lr-decay: real cosine.
+ 1. Learning rates are constant: the official decay steps once per evaluation, not per update, and so ends at 0.999 of
+    its start. --lr-decay is a real cosine.
  2. Offline selection takes evaluation argsort(bc_loss)[rank]; the official code, in error, argsort(bc_loss) == rank.
  3. Evaluation acts with the online policy: --eval-candidates 50 actions per state, one of them drawn from the softmax
     of min target Q / --eval-temperature 1 (0: the best). --eval-average acts with the policy's average.
@@ -181,7 +182,7 @@ def _locomotion(grad_norm: float, offline_rank: int, paper: tuple[float, float])
     return Settings(1.0, False, grad_norm, 3e-4, 2_000_000, "none", offline_rank, paper, eval_episodes=10)
 
 
-SETTINGS = {
+SETTINGS = {  # eta, max_q_backup, grad_norm, learning_rate, num_updates, reward, offline_rank, paper's score
     "halfcheetah-demo-v0": Settings(1.0, False, 9.0, 3e-4, 16_000, "none", 0, None, eval_every=8_000, eval_episodes=10),
     "halfcheetah-medium-v2": _locomotion(9.0, 1, (51.1, 0.5)),
     "hopper-medium-v2": _locomotion(9.0, 2, (90.5, 4.6)),
@@ -280,7 +281,7 @@ class DiffusionPolicy(nn.Module):
         ci = (1 - alpha_bar_prev) * (1 - beta).sqrt() / (1 - alpha_bar)
         self.reverse = torch.stack([r, m, c0, ci, variance.sqrt()], 1).tolist()
         self.register_buffer("forward_scale", torch.stack([alpha_bar, 1 - alpha_bar], 1).sqrt(), persistent=False)
-        frequency = torch.exp(-torch.arange(8, dtype=beta.dtype) * math.log(10000) / 7)
+        frequency = torch.exp(-torch.arange(TIME_DIM // 2, dtype=beta.dtype) * math.log(10000) / (TIME_DIM // 2 - 1))
         angle = torch.arange(num_steps, dtype=beta.dtype)[:, None] * frequency
         self.register_buffer("sinusoid", torch.cat([angle.sin(), angle.cos()], 1), persistent=False)
 
@@ -293,7 +294,7 @@ class DiffusionPolicy(nn.Module):
 
         noise (N + 1, C B, A): noise[0] is a^N, noise[1..N] drive the steps i = N..1; the last is not used.
         """
-        state = state.repeat_interleave(noise.shape[1] // max(len(state), 1), 0)
+        state = state.repeat_interleave(noise.shape[1] // max(len(state), 1), 0)  # there may be no states at all
         action, times = noise[0], self.time_mlp(self.sinusoid.to(noise.dtype))  # t_i of all N steps, (N, 16)
         for step_noise, i in zip(noise[1:], reversed(range(len(self.reverse))), strict=True):
             r, m, c0, ci, sigma = self.reverse[i]  # the paper's step i + 1
@@ -356,7 +357,11 @@ class ActDraws(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What one update logs, device tensors of shape (), or (K,) of K replicas."""
+    """What one update logs: device tensors of shape (), or (K,) of K replicas (see `fast_sampler.replicate`).
+
+    To log another value: add a field here, compute it in policy_losses or critic_loss, and pass it on to `update`. (Not
+    with --fused, whose kernels know these seven alone.)
+    """
 
     critic: Tensor  # Eq. 4, both critics
     bc: Tensor  # L_d, Eq. 2
@@ -368,7 +373,8 @@ class Losses(NamedTuple):
 
 
 NETWORKS = ("policy", "policy_ema", "critic", "critic_target")
-LOSSES = tuple(name if "_" in name else f"{name}_loss" for name in Losses._fields)  # the columns of metrics.csv
+# the columns of metrics.csv: critic_loss, bc_loss, q_loss, policy_loss, and then the fields' own names
+LOSSES = tuple(f"{name}_loss" if k < 4 else name for k, name in enumerate(Losses._fields))
 BACKUP_ACTIONS = 10
 
 
@@ -427,12 +433,12 @@ class DiffusionQL:
         """The clipped gradient of a loss () with respect to a network's parameters; its norm before clipping, ()."""
         # replicas have a loss each, (K,), which depends on their own parameters alone
         grads = torch.autograd.grad(loss.sum(), list(network.parameters()))
-        # replicas' gradients come transposed, and fused Adam pairs them with parameters in the order of memory
+        # replicas' gradients come from vmap transposed in memory, and fused Adam needs the parameters' layout
         return self.clip([grad.contiguous() for grad in grads])
 
     def clip(self, grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The gradient scaled down to norm --grad-norm (0: never), as by clip_grad_norm_; its norm before, ()."""
-        # no foreach operations: Inductor makes them one GPU kernel, a part of which would compute the norm for all
+        # no foreach operations: Inductor fuses them into one GPU kernel, in which blocks could read the norm too early
         norm = nn.utils.get_total_norm(grads, foreach=False)
         scale = ((self.args.grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1)
         return [grad * scale for grad in grads], norm
@@ -467,7 +473,7 @@ class DiffusionQL:
         """Moves the critics' targets and, each --average-every updates from --average-from on, the policy's average."""
         args = self.args
         moves = (self.step >= args.average_from) & (self.step % args.average_every == 0)
-        weight = moves * (1 - args.average_decay)  # otherwise 0, for a captured graph has no branches
+        weight = moves * (1 - args.average_decay)  # otherwise 0: a captured graph has no branches
         average, policy = list(self.policy_ema.parameters()), list(self.policy.parameters())
         torch._foreach_lerp_(average, policy, len(policy) * [weight.to(policy[0].dtype)])
         torch._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), args.tau)
@@ -514,7 +520,7 @@ class DiffusionQL:
         candidates, on = self.args.eval_candidates, {"generator": generator, "device": self.device}
         noise = torch.randn(self.args.num_steps + 1, num_states * candidates, self.action_dim, **on)
         exponential = torch.empty(num_states, candidates, device=self.device).exponential_(generator=generator)
-        return ActDraws(noise, -exponential.log())
+        return ActDraws(noise, -exponential.log())  # of an exponential number: Gumbel's distribution
 
     def act_fresh(self, states: Tensor, generator: torch.Generator) -> Tensor:
         """Actions (E, A) for states (E, S), with fresh noise; for K replicas (K E, A) and (K E, S)."""
@@ -575,7 +581,7 @@ def make_batch(data: dict[str, np.ndarray], reward: str, device: torch.device) -
 
 def make_agent(args: Args, seed: int, widths: tuple[int, int] | None = None) -> DiffusionQL:
     """The agent of one seed, for states and actions of these widths, or else of D4RL's task."""
-    torch.manual_seed(seed)  # on a CPU the run's generator begins with the numbers that the weights are made of
+    torch.manual_seed(seed)
     return DiffusionQL(*(widths or d4rl_tasks.task_of(args.env_id).widths), replace(args, seed=seed))
 
 
@@ -586,8 +592,8 @@ def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: Sequence, devic
              on_step: Callable[[int], None] = lambda ended: None) -> np.ndarray:  # fmt: skip
     """The returns of one episode in each environment, in the shape of their seeds: one batch of actions per time step.
 
-    act always maps the states (E, S) of all environments, finished ones too, to actions (E, A), so that its shapes, and
-    whose noise is whose, never change. on_step is told after each step how many episodes have ended, and may raise.
+    act maps the states (E, S) of all environments to actions (E, A). Finished ones keep their rows, so that shapes stay
+    the same and each episode keeps its own noise. on_step is told after each step how many have ended, and may raise.
     """
     states = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(envs, np.ravel(seeds), strict=True)])
     returns, running = np.zeros(len(envs)), list(range(len(envs)))
@@ -604,7 +610,7 @@ def evaluate(act: Callable[[Tensor], Tensor], envs: list, seeds: Sequence, devic
 
 
 def eval_noise_seed(seed: int, step: int) -> int:
-    """The seed of an evaluation's noise after step updates: it changes nothing that training draws."""
+    """The seed of an evaluation's noise after step updates; training has generators of its own."""
     return seed * 1_000_003 + step
 
 
@@ -618,7 +624,7 @@ def train(args: Args, data: dict[str, np.ndarray] | None = None, make_env: Calla
     make_env(): an environment of gymnasium's interface instead of the one that args.env_id names.
     Raises BadInput, Stopped (on SIGTERM, SIGHUP or SIGINT, after a checkpoint) and Diverged.
     """
-    compile_asked = bool(args.compile)
+    compile_asked = bool(args.compile)  # if it was asked for, a compiler that fails is an error
     args = arguments.resumed(args, read_args(args.resume)) if args.resume else with_settings(args)
     if args.resume and (summary := report.finished(args, args.resume)):
         print(f"{args.resume} is finished: nothing is left to do")
@@ -631,7 +637,7 @@ def train(args: Args, data: dict[str, np.ndarray] | None = None, make_env: Calla
     data = load_dataset(task, args.dataset_path if data is None else data)
     dataset = make_batch(data, args.reward, device)
     env_seeds = np.add.outer(seeds, 100 + np.arange(args.eval_episodes))
-    rounds = np.split(env_seeds, -(-args.eval_episodes // arguments.SIDE_BY_SIDE), axis=1)
+    rounds = np.split(env_seeds, math.ceil(args.eval_episodes / arguments.SIDE_BY_SIDE), axis=1)  # of 100 at most
     envs = make_envs(task, rounds[0].size)
     video_env = rendering_env(task) if args.capture_video else None
     agents = [make_agent(args, seed, task.widths) for seed in seeds]
@@ -649,20 +655,20 @@ def train(args: Args, data: dict[str, np.ndarray] | None = None, make_env: Calla
         )
         warn = report.q_alarm(dataset.reward, args)
 
-        def save() -> None:
+        def save() -> None:  # checkpoint.pt; also called when a signal stops the run
             run.save(fast_sampler.states_of(agents, len(seeds)), generators)
 
         with run.training(save):  # signals are held back, until check_signals raises Stopped
             while run.last_row < args.num_updates:
-                run.advance(updates)  # draw and update (Algorithm 1), up to where there is something else to do
+                run.advance(updates)  # draw and update (Algorithm 1), until a row, an evaluation or a checkpoint is due
                 evaluation_due = run.step % args.eval_every == 0 or run.step == args.num_updates
-                if run.step == run.next_row:
+                if run.step == run.next_row:  # every --log-every updates, and whenever an evaluation is due
                     rows = run.end_row()  # the mean losses since the last row, for each seed
                     warn(rows)
                     if evaluation_due:
                         for seed, generator in zip(seeds, eval_generators, strict=True):
                             generator.manual_seed(eval_noise_seed(seed, run.step))
-                        returns = [evaluate(act, envs, some, device, run.while_evaluating) for some in rounds]
+                        returns = [evaluate(act, envs, of_round, device, run.while_evaluating) for of_round in rounds]
                         run.add_scores(rows, normalized_score(task, np.concatenate(returns, axis=1)))
                     run.log(rows)  # metrics.csv, TensorBoard, curve.png
                 if evaluation_due or run.step % args.checkpoint_every == 0:

@@ -80,7 +80,7 @@ class Run:
         except Stopped as stopped:
             save()
             where = f"stopped at update {self.step:,} of {self.args.num_updates:,}"
-            raise Stopped(stopped.signum, f"{where}; to go on: --resume {self.folder}") from None
+            raise Stopped(stopped.signum, f"{where}; to go on: python dql.py --resume {self.folder}") from None
         except OSError as error:  # of TensorBoard, on a full disk say
             raise BadInput(f"cannot write in {self.folder}: {error.strerror or error}") from None
         finally:
@@ -224,6 +224,8 @@ class Run:
             raise BadInput(f"{self.folder} ran on {checkpoint['device']}, and resumes exactly only there: see --device")
         if checkpoint["progress"]["data"] != self.data:
             raise BadInput(f"the data are not those that {self.folder} began with: give those, or begin a new run")
+        if checkpoint["progress"]["sums"].shape != self.sums.shape:
+            raise BadInput(f"{self.folder} logs other losses than this version of dql.py: go on with that version")
         load(checkpoint, self.folder, agents, generators)
         vars(self).update(checkpoint["progress"])
         path = {name: getattr(self.args, name) for name in ("compile", "cudagraphs")}
