@@ -61,7 +61,7 @@ from torch import Tensor, nn
 import d4rl_tasks
 import fast_sampler
 from d4rl_tasks import BadInput, find_task, load_dataset, make_envs, normalized_score, rendering_env, step_each
-from housekeeping import arguments, checkpoint, machine, report
+from housekeeping import arguments, checkpoint, evaluating, machine, report
 from housekeeping.acting import as_policy, film
 from housekeeping.ending import run_main
 from housekeeping.run import Run
@@ -73,6 +73,7 @@ class Args:
 
     Tasks that the paper does not have take what its gym tasks suggest: --eta 1 --grad-norm 5 --learning-rate 3e-4
     --num-updates 1000000, and 50 episodes per evaluation. Of these, --eta matters most.
+    --evaluate RUN evaluates the policies of a run anew: --evaluate RUN --help lists its flags.
     """
 
     # --- what to run
@@ -685,28 +686,37 @@ def read_args(folder: Path) -> Args:
     return with_settings(arguments.read(Args, folder))
 
 
-def load_policy(run: str | Path, seed: int = 0, device: str = "auto", **acting) -> Callable:
-    """A run's trained policy: a function from states (S,) or (E, S), numpy or torch, to actions of the same kind.
-
-    Its actions are in the environment's bounds. It acts as the run's evaluations do, unless told otherwise by
-    eval_candidates, eval_temperature or eval_average.
-    Raises BadInput if the folder holds no such run; the policy raises ValueError if states have another width.
-    """
-    run = Path(run)
+def load_agent(run: Path, device: str, which: str, **acting) -> tuple[DiffusionQL, dict]:
+    """The agent of a run of one seed, to act as `load_policy` says, and the checkpoint it is of. Raises BadInput."""
     saved = read_args(run)
     if saved.num_seeds > 1:
         raise BadInput(f"{run} holds {saved.num_seeds} policies: give one of its folders seed-*")
     args = replace(saved, device=device, **acting)
-    kept = checkpoint.read_checkpoint(run, saved, machine.choose_device(device))
+    kept = checkpoint.read_policy(run, saved, machine.choose_device(device), which)
     with torch.random.fork_rng(devices=[]):  # weights are drawn, and overwritten: not from the caller's generator
         agent = make_agent(args, saved.seed, checkpoint.widths(kept, run))
     checkpoint.load(kept, run, [agent], [])
+    return agent, kept
+
+
+def load_policy(run: str | Path, seed: int = 0, device: str = "auto", which: str = "last", **acting) -> Callable:
+    """A run's trained policy: a function from states (S,) or (E, S), numpy or torch, to actions of the same kind.
+
+    which: "last", of the last checkpoint; "best" or "offline", of the evaluation that the run reports by that name.
+    Its actions are in the environment's bounds. It acts as the run's evaluations do, unless told otherwise by
+    eval_candidates, eval_temperature or eval_average.
+    Raises BadInput if the folder holds no such run; the policy raises ValueError if states have another width.
+    """
+    agent, kept = load_agent(Path(run), device, which, **acting)
     generator = torch.Generator(agent.device).manual_seed(seed)
     act = partial(agent.act_fresh, generator=generator)
     return as_policy(act, agent.state_dim, agent.action_dim, agent.device, kept.get("action_bounds"))
 
 
 def main() -> None:
+    if "evaluate" in arguments.named(sys.argv[1:]):
+        print(evaluating.run(sys.argv[1:], read_args, load_agent, evaluate, eval_noise_seed))
+        return
     args = arguments.parse(Args, sys.argv[1:])
     if args.resume:  # a flag with its default value counts too, if it was given
         arguments.refuse_changes(arguments.typed(args), read_args(args.resume), arguments.named(sys.argv[1:]))

@@ -118,7 +118,8 @@ def newest(args: dql.Args) -> Path | None:
 
 
 def ends_alike(a: Path, b: Path) -> bool:
-    """Whether two runs have the same bits in weights, optimizers, generators, metrics (times aside) and scores."""
+    """Whether two runs have the same bits in weights, optimizers, generators, metrics (times aside), scores and kept
+    policies."""
     args = dql.read_args(a)
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (a, b)]
     alike = all(same(states[0][part], states[1][part]) for part in ("agents", "generators"))
@@ -128,7 +129,9 @@ def ends_alike(a: Path, b: Path) -> bool:
         rows = [(folder / "metrics.csv").read_text().splitlines() for folder in (x, y)]
         rows = [[row.rsplit(",", 2)[0] for row in of_one] for of_one in rows]  # without updates_per_second and seconds
         scores = [json.loads((folder / "summary.json").read_text()) for folder in (x, y)]
-        alike &= rows[0] == rows[1] and all(scores[0][n] == scores[1][n] for n in ("last", "best", "offline"))
+        kept = [{path.name: path.read_bytes() for path in folder.glob("evaluation-*")} for folder in (x, y)]
+        alike &= kept[0] == kept[1] and rows[0] == rows[1]
+        alike &= all(scores[0][n] == scores[1][n] for n in ("last", "best", "offline"))
     return alike
 
 

@@ -9,4 +9,5 @@
     command.py      the command dql
     run.py          a run while it trains: all of these together
     acting.py       a trained policy as a function, and a film of it
+    evaluating.py   --evaluate: a run's policies evaluated anew
 """

@@ -30,10 +30,11 @@ SIDE_BY_SIDE = 100  # the most episodes of one seed that an evaluation steps at 
 def parse(kind: type, argv: list[str], script: str = "dql.py") -> Args:
     """The dataclass kind with the values of a command line. Raises BadInput."""
     words = []  # tyro wants a value for what may be None: --compile becomes --compile True, --no-compile False
+    optional = [flag(f.name) for f in fields(kind) if f.type == bool | None]
     for word, after in pairwise([*argv, "--"]):
-        flag = word.replace("--no-", "--", 1)
-        if flag in ("--compile", "--cudagraphs", "--max-q-backup") and after not in ("True", "False", "None"):
-            words += [flag, str(flag == word)]
+        positive = word.replace("--no-", "--", 1)
+        if positive in optional and after not in ("True", "False", "None"):
+            words += [positive, str(positive == word)]
         else:
             words.append(word)
     return parsed(kind, words, script)
@@ -150,15 +151,20 @@ def resumed(given: Args, saved: Args) -> Args:
     whole = given.resume.resolve().parent
     if re.fullmatch(r"seed-\d+", given.resume.resolve().name) and (whole / "args.json").exists():
         raise BadInput(f"{given.resume} is a part of the run {whole}: resume that, or a copy of the part elsewhere")
-    if ":" in saved.env_id and given.env_id != saved.env_id:  # args.json is a file: nothing that it names is imported
-        raise BadInput(f"the environment of {given.resume} is code of a module: if you trust it, give --env-id "
-                       f"{saved.env_id} too")  # fmt: skip
+    check_trust(given.env_id, saved.env_id, given.resume)
     changed = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) != f.default}
     refuse_changes(given, saved, changed)
     changed |= {name: getattr(given, name) for name in ("track", "capture_video")}  # of this process alone
     args = replace(saved, **changed)
     check_ranges(args)
     return args
+
+
+def check_trust(given_id: str | None, saved_id: str, folder: Path) -> None:
+    """Raises BadInput if a run's environment is code of a module that was not named again."""
+    if ":" in saved_id and given_id != saved_id:  # args.json is a file: nothing that it names is imported
+        raise BadInput(f"the environment of {folder} is code of a module: if you trust it, give "
+                       f"--env-id {saved_id} too")  # fmt: skip
 
 
 def refuse_changes(given: Args, saved: Args, names: Iterable[str]) -> None:

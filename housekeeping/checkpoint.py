@@ -1,4 +1,4 @@
-"""A run's checkpoint: read back, checked and restored. `Run.save` writes it.
+"""A run's checkpoint: read back, checked and restored. `Run.save` writes it. And the policies kept beside it.
 
 What a run does next depends on its arguments, its data and its checkpoint alone: killed at any moment and resumed, it
 ends with the same bits.
@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from d4rl_tasks import BadInput, reason
+from housekeeping import report
 from housekeeping.arguments import FREE, Args, as_json, may_grow
+from housekeeping.folder import write_torch
+
+ACTING = ("policy", "policy_ema", "critic_target")  # the networks that an agent acts by
 
 
-def read_checkpoint(folder: Path, args: Args, device: torch.device) -> dict:
-    """A run's last checkpoint. Raises BadInput if it is missing, damaged or of another run."""
-    path = folder / "checkpoint.pt"
+def read_checkpoint(folder: Path, args: Args, device: torch.device, name: str = "checkpoint.pt") -> dict:
+    """A run's last checkpoint, or its file of that name. Raises BadInput if it is missing, damaged or another run's."""
+    path = folder / name
     if not path.exists():
         raise BadInput(f"{path} is missing: put a copy there, or begin a new run")
     try:
@@ -41,6 +45,40 @@ def read_checkpoint(folder: Path, args: Args, device: torch.device) -> dict:
         raise BadInput(f"{path} and args.json beside it are of two runs, with another {', '.join(differ)}: put back "
                        "the one that belongs there")  # fmt: skip
     return checkpoint
+
+
+def evaluation_file(step: int) -> str:
+    return f"evaluation-{step}.pt"
+
+
+def keep_policy(folder: Path, args: Args, step: int, state: dict) -> None:
+    """Writes the networks, in an agent's state, that the evaluation after so many updates acted by."""
+    own = {name: value for name, value in as_json(args).items() if name not in FREE}  # the rest differs once resumed
+    write_torch(folder / evaluation_file(step), {"agents": [{name: state[name] for name in ACTING}], "args": own})
+
+
+def remove_policies(folder: Path, but: set[int]) -> None:
+    """Removes the policies kept in a seed's folder, except those of these steps."""
+    for path in folder.glob(evaluation_file("[0-9]*")):
+        if path.name not in map(evaluation_file, but):
+            path.unlink()
+
+
+def read_policy(folder: Path, args: Args, device: torch.device, which: str = "last") -> dict:
+    """The last checkpoint of a run of one seed, its agent acting as in the evaluation that `report.select` calls which,
+    after "step" updates; its other networks and optimizers are the last. Raises BadInput."""
+    checkpoint = read_checkpoint(folder, args, device)
+    if which not in report.SELECTIONS:
+        raise BadInput(f"which is {which!r}, it must be one of {', '.join(report.SELECTIONS)}")
+    step, rows = checkpoint["progress"]["step"], checkpoint["progress"]["history"][0]
+    if which != "last":
+        if not report.to_keep(rows, args):
+            raise BadInput(f"{folder} has made no evaluation yet: it has its last policy only")
+        step = report.select(rows, args)[which]["step"]
+        if not (path := folder / evaluation_file(step)).exists():
+            raise BadInput(f"{path}, the {which} evaluation's policy, is missing: put a copy there, or take the last")
+        checkpoint["agents"][0] |= read_checkpoint(folder, args, device, path.name)["agents"][0]
+    return checkpoint | {"step": step}
 
 
 def widths(checkpoint: dict, folder: Path) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """The folder of a run, and files that are written whole or not at all.
 
-    runs/ENV__dql__SEED__TIME/    args.json, checkpoint.pt, summary.json and, with one seed, metrics.csv, curve.png and
-                                  TensorBoard's events; with several seeds, a folder seed-K for each with all of these
+    runs/ENV__dql__SEED__TIME/    args.json, checkpoint.pt, summary.json and, with one seed, metrics.csv, curve.png,
+                                  TensorBoard's events, and evaluation-STEP.pt, the policies that are reported or may
+                                  yet be; with several seeds, a folder seed-K for each with all of these
+                                  evaluations.jsonl, if it was evaluated anew
 """
 
 import io

@@ -19,22 +19,40 @@ from housekeeping.folder import seed_folders
 SELECTIONS = ("last", "best", "offline")  # evaluations that are reported, see `select`
 
 
-def select(rows: list[dict], args: Args) -> dict[str, dict]:
-    """The last evaluation, the best ("online selection"), and the one with the (rank + 1)-th lowest denoising loss, a
-    mean since the evaluation before ("offline selection", which needs no environment)."""
-    evaluations, losses, weights, start = [], [], [], 0
+def evaluations(rows: list[dict], args: Args) -> list[dict]:
+    """The evaluations in rows of metrics.csv, each with its denoising loss, a mean since the evaluation before."""
+    found, losses, weights, start = [], [], [], 0
     for row in rows:
         losses.append(row["bc_loss"])
         weights.append(row["step"] - start)
         start = row["step"]
         if row["score"] != "":
-            evaluations.append({"score": row["score"], "std": row["score_std"], "episodes": args.eval_episodes,
-                                "step": row["step"], "loss": np.average(losses, weights=weights)})  # fmt: skip
+            found.append({"score": row["score"], "std": row["score_std"], "episodes": args.eval_episodes,
+                          "step": row["step"], "loss": np.average(losses, weights=weights)})  # fmt: skip
             losses, weights = [], []
-    by_loss = sorted(evaluations, key=lambda one: one["loss"])
-    best = max(evaluations, key=lambda one: one["score"])
-    chosen = evaluations[-1], best, by_loss[min(args.offline_rank, len(by_loss) - 1)]
+    return found
+
+
+def best_and_lowest(found: list[dict], args: Args) -> tuple[dict, list[dict]]:
+    """Of evaluations the one with the best score, and the rank + 1 with the lowest denoising losses, in their order."""
+    lowest = sorted(found, key=lambda one: one["loss"])[: args.offline_rank + 1]
+    return max(found, key=lambda one: one["score"]), lowest
+
+
+def select(rows: list[dict], args: Args) -> dict[str, dict]:
+    """The last evaluation, the best ("online selection"), and the one with the (rank + 1)-th lowest denoising loss
+    ("offline selection", which needs no environment)."""
+    found = evaluations(rows, args)
+    best, lowest = best_and_lowest(found, args)
+    chosen = found[-1], best, lowest[-1]
     return {name: {k: v for k, v in one.items() if k != "loss"} for name, one in zip(SELECTIONS, chosen, strict=True)}
+
+
+def to_keep(rows: list[dict], args: Args) -> set[int]:
+    """The steps of the evaluations whose policies are kept: the best, and all that offline selection may yet take."""
+    found = evaluations(rows, args)
+    best, lowest = best_and_lowest(found, args) if found else ({}, [])
+    return {one["step"] for one in (best, *lowest) if one}
 
 
 def write_metrics(path: Path, rows: list[dict]) -> None:

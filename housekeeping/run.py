@@ -17,7 +17,7 @@ from torch import Tensor
 from d4rl_tasks import BadInput, reason, score_name
 from housekeeping import report
 from housekeeping.arguments import Args, as_json
-from housekeeping.checkpoint import all_finite, load, read_checkpoint
+from housekeeping.checkpoint import all_finite, keep_policy, load, read_checkpoint, remove_policies
 from housekeeping.ending import Diverged, Stopped, held_signals
 from housekeeping.folder import only_writer, seed_runs, start_folder, write_args, write_json, write_torch, write_whole
 from housekeeping.machine import versions
@@ -193,10 +193,16 @@ class Run:
     def save(self, states: list[dict], generators: list[torch.Generator]) -> None:
         """Writes a checkpoint of each seed, usable by itself, and then that of all, from which the run is resumed.
 
+        Before them, if an evaluation has just been made, the networks it acted by, where `report.to_keep` asks for
+        them; after them those no longer asked for go. So at any moment there are all those that a checkpoint may name.
         states are those of the seeds' agents. Raises Diverged before anything is written, and BadInput if writing
         fails; then the old checkpoints are as they were.
         """
         self.check_finite(states)
+        to_keep = [report.to_keep(rows, args) for (_, args), rows in zip(self.seeds, self.history, strict=True)]
+        for (folder, args), state, steps in zip(self.seeds, states, to_keep, strict=True):
+            if self.step in steps:
+                keep_policy(folder, args, self.step, state)
         self.kept, numbers = self.step, [generator.get_state() for generator in generators]
 
         def write(folder: Path, args: Args, seeds: slice) -> None:
@@ -211,6 +217,8 @@ class Run:
             for k, (folder, args) in enumerate(self.seeds):
                 write(folder, args, slice(k, k + 1))
         write(self.folder, self.args, slice(None))
+        for (folder, _), steps in zip(self.seeds, to_keep, strict=True):
+            remove_policies(folder, steps)
 
     def restore(self, agents: list, generators: list[torch.Generator]) -> None:
         """Restores a resumed run, agents and generators from its checkpoint, if it has made one.
