@@ -119,7 +119,8 @@ def test_a_signal_in_training_leaves_a_checkpoint(signum, closed, tmp_path):
     assert process.returncode == 128 + signum
     step = read_torch(folder)["progress"]["step"]
     assert step >= 5 and len(metrics(folder)) == step // 5
-    assert closed or told(out)[-1] == f"dql.py: stopped at update {step:,} of 1,000,000; to go on: python dql.py --resume {folder}"
+    where = f"dql.py: stopped at update {step:,} of 1,000,000"
+    assert closed or told(out)[-1] == f"{where}; to go on: python dql.py --resume {folder}"
 
 
 def test_ignored_signals_stay_ignored_and_a_second_one_ends_at_once():
