@@ -52,7 +52,7 @@ def test_bandit_data_and_numbers(data):
 def test_gaussians_cannot_hold_four_modes(data):
     """The likelihood's maximum is known: mean 0, and the standard deviation of atanh(action)."""
     torch.manual_seed(0)
-    policy = bandit.clone_mle(data, 300)
+    policy = bandit.clone_gaussian(data, "MLE", 300)
     normal = policy.normal(1)
     assert normal.mean.abs().max() < 0.2
     assert torch.allclose(normal.stddev, data.action.clamp(-0.999, 0.999).atanh().std(0), rtol=0.1)
@@ -61,14 +61,14 @@ def test_gaussians_cannot_hold_four_modes(data):
 
 def test_diffusion_holds_four_modes(data):
     torch.manual_seed(0)
-    cloned = shares(bandit.sampler(bandit.clone_diffusion(data, num_steps=50, num_updates=1200)), data, 0.3)
+    cloned = shares(bandit.sampler(bandit.diffusion(data, 50, 1200)), data, 0.3)
     assert min(cloned) > 0.1 and sum(cloned) > 0.7, cloned
 
 
 def test_diffusion_ql_finds_the_best_mode(data):
     torch.manual_seed(0)
-    clone = bandit.clone_diffusion(data, num_steps=5, num_updates=300)
-    agent = bandit.diffusion_ql(data, bandit.fit_q(data, 400), clone, num_updates=150)
+    clone = bandit.diffusion(data, 5, 300)
+    agent = bandit.diffusion(data, 5, 150, bandit.fit_q(data, 400), clone)
     learned = shares(bandit.sampler(agent), data, 0.3)
     assert learned[3] > 0.6, learned
 
@@ -78,14 +78,14 @@ def test_other_learners_take_steps(data, tmp_path):
     torch.manual_seed(0)
     q, vae = bandit.fit_q(data, 3), bandit.clone_vae(data, 3)
     policies = {
-        "vae": vae, "mmd": bandit.clone_mmd(data, 3), "td3_bc": bandit.td3_bc(data, q, 3),
+        "vae": vae, "mmd": bandit.clone_gaussian(data, "MMD", 3), "td3_bc": bandit.td3_bc(data, q, 3),
         "bcq": bandit.bcq(data, q, vae, 3), "bear": bandit.bear(data, q, 3),
     }  # fmt: skip
     with torch.no_grad():
         actions = {name: policy(20) for name, policy in policies.items()}
     for name, action in actions.items():
         assert action.shape == (20, 2) and (action.abs() <= 1).all(), name
-    bandit.draw(tmp_path / "picture.png", [actions, actions], data)
+    bandit.draw(tmp_path / "picture.png", actions, [[*actions]] * 2, data)
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 

@@ -113,8 +113,8 @@ def test_damaged_and_foreign_json_is_skipped(tmp_path, capsys):
 
 def jobs_of(runs_dir: Path, kind: str, seeds=5) -> list[tuple[int, int]]:
     """The first seed and number of seeds of each job."""
-    wanted, runs = dql.with_settings(dql.Args(env_id="hopper-medium-v2", num_seeds=seeds)), table1.read_runs(runs_dir)[0]
-    return [(job.seed, job.num_seeds) for job in table1.plan(wanted, runs, kind)]
+    wanted = dql.with_settings(dql.Args(env_id="hopper-medium-v2", num_seeds=seeds))
+    return [(job.seed, job.num_seeds) for job in table1.plan(wanted, table1.read_runs(runs_dir)[0], kind)]
 
 
 def test_jobs(tmp_path):
@@ -223,7 +223,7 @@ def test_killed_and_started_again(undisturbed, tmp_path):
         log = (tmp_path / "runs" / "logs" / f"hopper-medium-v2__{seed}.log").read_text()
         first, again = re.findall(r"updates (\d+) to 40", log)  # where the run was started and resumed
         assert int(first) == 0 and int(again) >= 10
-        assert results(tmp_path, seed) == results(folder, seed) and len(results(folder, seed)[0]) == 13  # steps 4 ... 40
+        assert results(tmp_path, seed) == results(folder, seed)
 
 
 def test_a_failing_job_takes_no_other_with_it(undisturbed):
