@@ -3,12 +3,10 @@
     python bench/ablate.py --env-id hopper-medium-v2 --out bench/results/hopper-medium-v2-ablation
     python bench/ablate.py --quick --out FOLDER    # the demo data set, a minute: only shows that it works
 
-steps.csv and steps.png vary N at the task's eta; eta.csv and eta.png vary eta at N = 5. Each row is one agent, trained
-as dql.py trains it and evaluated once, after its last update; an agent that is in both tables is trained once. On a GPU
-these are trained at once, as replicas: all seeds of one N; all seeds of eta = 0, which has no critics; all seeds of all
-other etas. On a CPU, which one agent keeps busy, agents are trained one after another. Rows are written as soon as
-their agents are evaluated. Run again, the script trains only the missing rows; only the number of seeds and the two
-grids may then differ from the first time.
+Each setting is one run of dql.py with all seeds, in FOLDER/runs, evaluated once, after its last update. steps.csv and
+steps.png show all finished runs at the task's eta; eta.csv and eta.png those at N = 5. There is a row for each seed.
+Run again, the script goes on with the run that was stopped, and trains only what is missing: only the number of seeds
+and the two grids may then differ from the first time.
 
 N = 1 is one step from nearly pure noise (vp: 0.6 % of the variance is the action's): little more than a regression of
 the action on the state, and almost deterministic.
@@ -18,8 +16,6 @@ import csv
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,15 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import dql
-import fast_sampler
-from d4rl_tasks import BadInput, load_dataset, make_envs, normalized_score
-from dql import LOSSES, Batch, DiffusionQL
+from d4rl_tasks import BadInput, load_dataset
 from housekeeping import arguments, ending
-from housekeeping.folder import write_json, write_whole
-from housekeeping.machine import choose_device, versions
+from housekeeping.folder import seed_runs, write_json, write_whole
+from housekeeping.machine import choose_device
 from housekeeping.report import write_metrics
 
 
@@ -70,148 +63,65 @@ class Args:
 QUICK = {"num_seeds": 2, "num_updates": 20, "batch_size": 32, "eval_episodes": 1, "num_steps": (1, 3),
          "etas": (0.0, 1.0), "out": Path("runs/ablation-quick")}  # fmt: skip
 FIXED = ("env_id", "dataset_path", "num_updates", "batch_size", "eval_episodes", "device")
-DISTANCE_ROWS = 2000
-COLUMNS = {
+N = 5  # of the table of etas
+LABELS = {
     "num_steps": "N, denoising steps",
     "eta": "eta",
-    "seed": "seed",
     "score": "normalized score",
-    "score_std": "its deviation over episodes",
     "bc_loss": "L_d, last tenth of updates",
     "target_q": "mean target Q, last tenth of updates",
     "action_distance": "distance from the data's action, L2",
     "ms_per_update": "ms an update, of one agent",
-    "ms_per_act": "ms an acting step, of one agent",
-    "replicas": "agents trained at once",
 }
-PANELS = {
-    "num_steps": ("score", "ms_per_update", "ms_per_act"),
-    "eta": ("score", "bc_loss", "target_q", "action_distance"),
-}
-Setting = tuple[int, float, int]  # N, eta, seed
+PANELS = {"num_steps": ("score", "ms_per_update"), "eta": ("score", "bc_loss", "target_q", "action_distance")}
 
 
-def settings_of(args: Args, num_steps: int = 5, eta: float | None = None, replicas: int = 1) -> dql.Args:
-    """dql.py's arguments for one group of agents, with the task's settings filled in. Raises BadInput."""
-    return dql.with_settings(dql.Args(
-        env_id=args.env_id, dataset_path=args.dataset_path, num_seeds=replicas, device=args.device,
-        num_updates=args.num_updates, batch_size=args.batch_size, num_steps=num_steps, eta=eta,
-        eval_episodes=args.eval_episodes,
+def run_of(args: Args, num_steps: int = N, eta: float | None = None) -> dql.Args:
+    """dql.py's arguments for all seeds of a setting. Raises BadInput if a value makes no sense."""
+    run = dql.with_settings(dql.Args(
+        env_id=args.env_id, dataset_path=args.dataset_path, num_seeds=args.num_seeds, num_updates=args.num_updates,
+        batch_size=args.batch_size, num_steps=num_steps, eta=eta, eval_episodes=args.eval_episodes,
+        device=str(choose_device(args.device)), runs_dir=args.out / "runs",
     ))  # fmt: skip
+    return replace(run, eval_every=run.num_updates, log_every=math.ceil(run.num_updates / 10))
 
 
-def groups_of(args: Args) -> dict[str, list[list[Setting]]]:
-    """The groups of each table: the settings that a GPU trains at once. Raises BadInput if a value makes no sense."""
-    seeds, default = range(args.num_seeds), settings_of(args, replicas=args.num_seeds)
-    steps, etas = dict.fromkeys(args.num_steps), dict.fromkeys(args.etas)
-    for n in steps:
-        settings_of(args, num_steps=n)
-    for eta in etas:
-        settings_of(args, eta=eta)
-    return {
-        "num_steps": [[(n, default.eta, seed) for seed in seeds] for n in steps],
-        "eta": [
-            [(default.num_steps, eta, seed) for eta in some for seed in seeds]
-            for some in ([e for e in etas if e == 0], [e for e in etas if e > 0])
-        ],
-    }
+def runs_in(folder: Path) -> dict[Path, dql.Args]:
+    """The arguments of each run in a folder, by its path. Raises BadInput if an args.json is damaged."""
+    return {path.parent: dql.read_args(path.parent) for path in sorted(folder.glob("*/args.json"))}
 
 
-def train_group(args: Args, settings: Sequence[Setting], dataset: Batch, bar) -> list[dict]:
-    """Trains a group of agents, which may differ in eta and seed only, evaluates them, and returns their rows."""
-    num_steps, eta, _ = settings[0]
-    # chosen by the length of all seeds' runs together: what is compiled for one agent serves the next
-    path = fast_sampler.choose_path(settings_of(args, replicas=args.num_seeds), dataset.state.device)
-    own = settings_of(args, num_steps, eta, len(settings))
-    own = replace(own, compile=path.compile, cudagraphs=path.cudagraphs)
-    agents = [dql.make_agent(replace(own, eta=eta), seed) for _, eta, seed in settings]
-    device = agents[0].device
-    generators = [torch.Generator(device).manual_seed(seed) for _, _, seed in settings]
-    # seeded as dql.train's last evaluation is: an agent's score is that of `python dql.py --seed`
-    noise_seeds = [dql.eval_noise_seed(seed, own.num_updates) for _, _, seed in settings]
-    eval_generators = [torch.Generator(device).manual_seed(seed) for seed in noise_seeds]
-    trained, updates, act = fast_sampler.make_steps(own, agents, dataset, generators, eval_generators)
-
-    tenth = max(1, own.num_updates // 10)  # the updates before it warm up the timed ones
-    if own.num_updates > tenth:
-        run_updates(updates, own.num_updates - tenth, bar)
-    losses, ms_per_update = run_updates(updates, tenth, bar)
-    scores, ms_per_act = evaluate(own, act, settings, device)
-    states = fast_sampler.states_of(trained, len(settings))
-    rows = []
-    for k, (num_steps, eta, seed) in enumerate(settings):
-        agents[k].load_state_dict(states[k])
-        rows.append({
-            "num_steps": num_steps, "eta": eta, "seed": seed,
-            "score": scores[k].mean(), "score_std": scores[k].std(), "bc_loss": losses[k]["bc_loss"],
-            "target_q": losses[k]["target_q"] if eta > 0 else math.nan,
-            "action_distance": action_distance(agents[k], dataset, seed),
-            "ms_per_update": ms_per_update / len(settings), "ms_per_act": ms_per_act / len(settings),
-            "replicas": len(settings),
-        })  # fmt: skip
-    return rows
+def train_missing(run: dql.Args) -> None:
+    """Goes on with the setting's runs that have not finished, and trains the seeds that have none."""
+    seeds = 0
+    for folder, begun in runs_in(run.runs_dir).items():
+        if (begun.num_steps, begun.eta) == (run.num_steps, run.eta):
+            seeds = max(seeds, begun.seed + begun.num_seeds)
+            if not (folder / "summary.json").exists():
+                dql.train(dql.Args(resume=folder))
+    if seeds < run.num_seeds:
+        dql.train(replace(run, seed=seeds, num_seeds=run.num_seeds - seeds))
 
 
-def run_updates(updates: Callable[[int], Tensor], n: int, bar) -> tuple[list[dict], float]:
-    """Each agent's mean losses over n updates, and the milliseconds of one update of all. Waits for the device once."""
-    start, sums = time.perf_counter(), []
-    for done in range(0, n, 10):
-        chunk = min(10, n - done)
-        sums.append(updates(chunk))
-        bar.update(chunk)
-    means = (sum(sums) / n).reshape(-1, len(LOSSES)).tolist()
-    ms = 1000 * (time.perf_counter() - start) / n
-    return [dict(zip(LOSSES, mean, strict=True)) for mean in means], ms
-
-
-def evaluate(
-    own: dql.Args, act: Callable, settings: Sequence[Setting], device: torch.device
-) -> tuple[np.ndarray, float]:
-    """Normalized scores (K, episodes) of a group's agents, and the median milliseconds of one call of act for all."""
-    envs = make_envs(own.env_id, own.eval_episodes * len(settings))
-    env_seeds = [seed + 100 + k for _, _, seed in settings for k in range(own.eval_episodes)]
-    times = []
-
-    def timed(states: Tensor) -> Tensor:
-        start = time.perf_counter()
-        actions = act(states).cpu()  # waits for the device
-        times.append(1000 * (time.perf_counter() - start))
-        return actions
-
-    returns = dql.evaluate(timed, envs, env_seeds, device)
-    return normalized_score(own.env_id, returns).reshape(len(settings), -1), float(np.median(times))
-
-
-@torch.no_grad()
-def action_distance(agent: DiffusionQL, dataset: Batch, seed: int) -> float:
-    """Mean L2 distance between the data's actions and the policy's in the same states, one sample of the chain each."""
-    generator = torch.Generator(agent.device).manual_seed(seed)
-    rows = min(DISTANCE_ROWS, len(dataset.state))
-    index = torch.randperm(len(dataset.state), generator=generator, device=agent.device)[:rows]
-    shape = (agent.args.num_steps + 1, rows, agent.action_dim)
-    action = agent.policy.sample(dataset.state[index], torch.randn(shape, generator=generator, device=agent.device))
-    return (action - dataset.action[index]).norm(dim=-1).mean().item()
-
-
-# ----------------------------------------------------------------------------- tables and pictures
-
-
-def read_table(path: Path) -> dict[Setting, dict]:
-    """A table's rows by setting; empty if there is no file. Raises BadInput if the file is not such a table."""
-    if not path.exists():
-        return {}
-    try:
-        with path.open(newline="") as file:
-            rows = [{name: float(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} is not a table of this script: {error}") from None
-    rows = [row | {name: int(row[name]) for name in ("num_steps", "seed", "replicas")} for row in rows]
-    return {(row["num_steps"], row["eta"], row["seed"]): row for row in rows}
-
-
-def save_table(path: Path, rows: dict[Setting, dict]) -> None:
-    """Writes a table's rows, sorted by setting."""
-    write_whole(path, lambda beside: write_metrics(beside, [rows[setting] for setting in sorted(rows)]))
+def row_of(folder: Path, own: dql.Args, replicas: int) -> dict:
+    """The tables' row of a seed that was trained with others, replicas in all. Kept in the seed's row.json."""
+    if (folder / "row.json").exists():
+        return json.loads((folder / "row.json").read_text())
+    score = json.loads((folder / "summary.json").read_text())["last"]
+    with (folder / "metrics.csv").open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    data = load_dataset(own.env_id, own.dataset_path)
+    some = np.random.default_rng(0).permutation(len(data["actions"]))[:2000]
+    action = dql.load_policy(folder, device=own.device, eval_candidates=1)(data["observations"][some])
+    row = {
+        "num_steps": own.num_steps, "eta": own.eta, "seed": own.seed,
+        "score": score["score"], "score_std": score["std"], "bc_loss": float(last["bc_loss"]),
+        "target_q": float(last["target_q"]) if own.eta > 0 else math.nan,
+        "action_distance": float(np.linalg.norm(action - data["actions"][some], axis=1).mean()),
+        "ms_per_update": 1000 / float(last["updates_per_second"]) / replicas,
+    }  # fmt: skip
+    write_json(folder / "row.json", row)
+    return row
 
 
 def draw(path: Path, rows: list[dict], x: str) -> None:
@@ -226,64 +136,50 @@ def draw(path: Path, rows: list[dict], x: str) -> None:
         axes.plot(xs, mean, marker="o")
         axes.fill_between(xs, mean - std, mean + std, alpha=0.2)
         axes.scatter(*zip(*((row[x], row[name]) for row in rows), strict=True), s=8, color="gray", zorder=3)
-        axes.set(xlabel=COLUMNS[x], ylabel=COLUMNS[name])
+        axes.set(xlabel=LABELS[x], ylabel=LABELS[name])
         axes.set_xscale("symlog", linthresh=min(filter(None, xs), default=1))  # symlog, unlike log, can show eta = 0
         axes.set_xticks(xs, [f"{at:g}" for at in xs])
         axes.minorticks_off()
     figure.savefig(path, format="png")
 
 
-def open_folder(args: Args) -> None:
-    """Makes the folder and writes ablate.json. Raises BadInput if it holds an ablation with other FIXED arguments."""
-    path, mine, device = args.out / "ablate.json", arguments.as_json(args), torch.device(args.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else args.device
-    try:
-        others = json.loads(path.read_text())["args"] if path.exists() else mine
-        differ = [f"{name} {others[name]}" for name in FIXED if others[name] != mine[name]]
-        if not differ:
-            args.out.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"args": mine, "device": name, "versions": versions(device)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"cannot go on in {args.out}: {error}; choose another --out") from None
-    if differ:
-        raise BadInput(f"{args.out} holds an ablation with {', '.join(differ)}: choose another --out")
+def write_tables(out: Path, default: dql.Args) -> None:
+    """Writes both tables and pictures of all finished runs."""
+    done = [(folder, run) for folder, run in runs_in(default.runs_dir).items() if (folder / "summary.json").exists()]
+    rows = [row_of(path, own, run.num_seeds) for folder, run in done for path, own in seed_runs(run, folder)]
+    rows.sort(key=lambda row: (row["num_steps"], row["eta"], row["seed"]))
+    steps, etas = ([row for row in rows if row[k] == getattr(default, k)] for k in ("eta", "num_steps"))
+    for name, x, some in (("steps", "num_steps", steps), ("eta", "eta", etas)):
+        if some:
+            write_whole(out / f"{name}.csv", lambda beside, some=some: write_metrics(beside, some))
+            write_whole(out / f"{name}.png", lambda beside, some=some, x=x: draw(beside, some, x))
 
 
 def ablate(args: Args) -> None:
-    """Trains the agents missing from the tables, and draws the tables. Raises BadInput."""
-    from tqdm import tqdm
+    """Trains the missing runs, and writes the tables after each. A run that diverges leaves the others alone.
 
+    Raises BadInput, Stopped and, at the end, Diverged.
+    """
     if args.quick:
         default = Args()
         args = replace(args, **{k: v for k, v in QUICK.items() if getattr(args, k) == getattr(default, k)})
-    device = choose_device(args.device)
-    own = settings_of(args)
-    args = replace(args, device=str(device), num_updates=own.num_updates)
-    tables = groups_of(args)
-    dataset = dql.make_batch(load_dataset(args.env_id, args.dataset_path), own.reward, device)
-    open_folder(args)
-    known = {}
-    for x, groups in tables.items():
-        name = {"num_steps": "steps", "eta": "eta"}[x]
-        rows = read_table(args.out / f"{name}.csv")
-        known |= rows
-        for group in groups:
-            torch.compiler.reset()  # torch.compile keeps at most eight versions of a function
-            rows |= {setting: known[setting] for setting in group if setting in known}
-            missing = [setting for setting in group if setting not in rows]
-            at_once = max(1, len(missing)) if device.type == "cuda" else 1
-            for some in (missing[k : k + at_once] for k in range(0, len(missing), at_once)):
-                with tqdm(total=args.num_updates, leave=False, disable=not sys.stderr.isatty()) as bar:
-                    found = train_group(args, some, dataset, bar)
-                rows |= {(row["num_steps"], row["eta"], row["seed"]): row for row in found}
-                save_table(args.out / f"{name}.csv", rows)
-                for row in found:
-                    print(f"N {row['num_steps']}, eta {row['eta']:g}, seed {row['seed']}: score {row['score']:.1f}, "
-                          f"{row['ms_per_update']:.2f} ms an update", flush=True)  # fmt: skip
-        known |= rows
-        if rows:
-            save_table(args.out / f"{name}.csv", rows)
-            write_whole(args.out / f"{name}.png", lambda path, x=x, rows=rows: draw(path, list(rows.values()), x))
+    default = run_of(args)
+    settings = [(n, default.eta) for n in args.num_steps] + [(N, eta) for eta in args.etas]
+    runs, diverged = [run_of(args, *setting) for setting in dict.fromkeys(settings)], []
+    args.out.mkdir(parents=True, exist_ok=True)
+    for run in runs_in(default.runs_dir).values():
+        if differ := [f"{k} {getattr(run, k)}" for k in FIXED if getattr(run, k) != getattr(default, k)]:
+            raise BadInput(f"{args.out} holds an ablation with {', '.join(differ)}: choose another --out")
+    for run in runs:
+        torch.compiler.reset()  # torch.compile keeps at most eight versions of a function
+        print(f"N {run.num_steps}, eta {run.eta:g}", flush=True)
+        try:
+            train_missing(run)
+        except ending.Diverged as error:
+            diverged.append(f"N {run.num_steps}, eta {run.eta:g}: {error}")
+        write_tables(args.out, default)
+    if diverged:
+        raise ending.Diverged("; ".join(diverged))
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 import dql
-from dql import Batch, DiffusionQL, TwinQ, mlp
+from dql import DiffusionQL, TwinQ, mlp
 from housekeeping import arguments, ending
 from housekeeping.folder import write_json, write_whole
 from housekeeping.machine import versions
@@ -40,12 +40,10 @@ CORNERS = torch.tensor([[-0.8, 0.8], [-0.8, -0.8], [0.8, 0.8], [0.8, -0.8]])
 NAMES = ("top left", "bottom left", "top right", "bottom right")
 REWARDS = torch.tensor([3.0, 0.0, 1.5, 5.0])
 RADII = (0.2, 0.3)  # 0.2 is four of a mode's standard deviations; 0.3 includes the square's own corner, 0.28 away
-KERNEL_STD = 0.2  # of MMD's kernel
 STEPS = (2, 5, 10, 20, 50)
-NUM_STEPS, ETA, BATCH, LEARNING_RATE = 50, 2.5, 100, 1e-3
+ETA, BATCH, LEARNING_RATE, SAMPLES = 2.5, 100, 1e-3, 1000
 UPDATES, Q_UPDATES, DIFFUSION_Q_UPDATES = 1500, 750, 150  # of cloning and Q; of policies that use Q; of Diffusion-QL
 LATENT = 4  # width of the VAE's latents, twice the action's
-SAMPLES = 1000
 
 Sampler = Callable[[int], Tensor]  # n -> n actions (n, 2)
 
@@ -72,14 +70,14 @@ def make_data(points: int = 10_000) -> Data:
     return Data(action, REWARDS[corner] + 0.5 * torch.randn(points))
 
 
-def the_state(n: int) -> Tensor:
-    """The bandit's only state, n times, (n, 1)."""
-    return torch.zeros(n, 1)
+def with_state(x: Tensor) -> Tensor:
+    """The bandit's only state, 0, beside x: (n, k) -> (n, 1 + k)."""
+    return torch.cat([torch.zeros(len(x), 1), x], -1)
 
 
-def fit(loss: Callable[[Tensor, Tensor], Tensor], data: Data, parameters: list, num_updates: int) -> None:
+def fit(loss: Callable[[Tensor, Tensor], Tensor], data: Data, num_updates: int, *modules: nn.Module) -> None:
     """Minimises loss(action (B, 2), reward (B,)) with Adam on random batches."""
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True)
+    optimizer = torch.optim.Adam(nn.ModuleList(modules).parameters(), lr=LEARNING_RATE, fused=True)
     for _ in range(num_updates):
         index = torch.randint(len(data.action), (BATCH,))
         optimizer.zero_grad()
@@ -87,7 +85,13 @@ def fit(loss: Callable[[Tensor, Tensor], Tensor], data: Data, parameters: list, 
         optimizer.step()
 
 
-# ----------------------------------------------------------------------------- behaviour cloning
+def mmd(x: Tensor, y: Tensor) -> Tensor:
+    """Squared maximum mean discrepancy of x (n, 2) and y (m, 2), with a Gaussian kernel of standard deviation 0.2."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return torch.exp(-(a[:, None] - b).square().sum(-1) / (2 * 0.2**2)).mean()
+
+    return kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)
 
 
 class TanhGaussian(nn.Module):
@@ -98,21 +102,21 @@ class TanhGaussian(nn.Module):
         self.net = mlp(1, 256, 256, 4)
 
     def normal(self, n: int) -> Normal:
-        mean, log_std = self.net(the_state(n)).chunk(2, -1)
+        mean, log_std = self.net(torch.zeros(n, 1)).chunk(2, -1)
         return Normal(mean, log_std.clamp(-5, 2).exp())
 
     def forward(self, n: int) -> Tensor:
         return self.normal(n).rsample().tanh()
 
 
-def clone_mle(data: Data, num_updates: int = UPDATES) -> Sampler:
-    """Maximum likelihood; tanh's Jacobian is left out, since it does not depend on the parameters."""
+def clone_gaussian(data: Data, by: str, num_updates: int = UPDATES) -> TanhGaussian:
+    """Trained by "MLE", without tanh's Jacobian, which does not depend on the parameters, or by "MMD"."""
     policy = TanhGaussian()
-
-    def loss(action: Tensor, _: Tensor) -> Tensor:
-        return -policy.normal(len(action)).log_prob(action.clamp(-0.999, 0.999).atanh()).mean()
-
-    fit(loss, data, list(policy.parameters()), num_updates)
+    losses = {
+        "MLE": lambda action, _: -policy.normal(BATCH).log_prob(action.clamp(-0.999, 0.999).atanh()).mean(),
+        "MMD": lambda action, _: mmd(policy(BATCH), action),
+    }
+    fit(losses[by], data, num_updates, policy)
     return policy
 
 
@@ -120,70 +124,20 @@ def clone_vae(data: Data, num_updates: int = UPDATES) -> Callable[..., Tensor]:
     """BCQ's conditional VAE, with BCQ's loss weights. The sampler also takes a bound to which latents are clipped."""
     encoder, decoder = mlp(3, 256, 256, 2 * LATENT), mlp(1 + LATENT, 256, 256, 2)
 
-    def decode(z: Tensor) -> Tensor:
-        return decoder(torch.cat([the_state(len(z)), z], -1)).tanh()
-
     def loss(action: Tensor, _: Tensor) -> Tensor:
-        mean, log_std = encoder(torch.cat([the_state(len(action)), action], -1)).chunk(2, -1)
+        mean, log_std = encoder(with_state(action)).chunk(2, -1)
         std = log_std.clamp(-4, 15).exp()
         kl = -0.5 * (1 + 2 * std.log() - mean**2 - std**2).mean()
-        return F.mse_loss(decode(mean + std * torch.randn_like(std)), action) + 0.5 * kl
+        return F.mse_loss(decoder(with_state(mean + std * torch.randn_like(std))).tanh(), action) + 0.5 * kl
 
-    fit(loss, data, [*encoder.parameters(), *decoder.parameters()], num_updates)
-    return lambda n, bound=math.inf: decode(torch.randn(n, LATENT).clamp(-bound, bound))
-
-
-def mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy of x (n, 2) and y (m, 2), with a Gaussian kernel of width KERNEL_STD."""
-
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return torch.exp(-(a[:, None] - b).square().sum(-1) / (2 * KERNEL_STD**2)).mean()
-
-    return kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)
-
-
-def clone_mmd(data: Data, num_updates: int = UPDATES) -> Sampler:
-    policy = TanhGaussian()
-    fit(lambda action, _: mmd(policy(BATCH), action), data, list(policy.parameters()), num_updates)
-    return policy
-
-
-def clone_diffusion(data: Data, num_steps: int = NUM_STEPS, num_updates: int = UPDATES) -> DiffusionQL:
-    """A diffusion policy trained with Eq. 2 alone."""
-    return train_diffusion(make_agent(num_steps, eta=0.0), data, num_updates)
-
-
-def make_agent(num_steps: int, eta: float) -> DiffusionQL:
-    args = dql.Args(device="cpu", compile=False, batch_size=BATCH, num_steps=num_steps, eta=eta,
-                    learning_rate=LEARNING_RATE, eval_candidates=1)  # fmt: skip
-    return DiffusionQL(1, 2, args)
-
-
-def train_diffusion(agent: DiffusionQL, data: Data, num_updates: int) -> DiffusionQL:
-    """Makes Algorithm 1's policy step num_updates times; the critics do not change."""
-    state, done, generator = the_state(BATCH), torch.ones(BATCH), torch.default_generator
-    for _ in range(num_updates):
-        index = agent.draw_index(len(data.action), generator)
-        batch = Batch(state, data.action[index], data.reward[index], state, done)
-        dql.descend(agent.policy_opt, agent.policy_gradient(batch, agent.draw(generator))[0])
-    return agent
-
-
-def sampler(agent: DiffusionQL) -> Sampler:
-    return lambda n: agent.act(the_state(n), agent.draw_act(n, torch.default_generator))
-
-
-# ----------------------------------------------------------------------------- Q-learning
+    fit(loss, data, num_updates, encoder, decoder)
+    return lambda n, bound=math.inf: decoder(with_state(torch.randn(n, LATENT).clamp(-bound, bound))).tanh()
 
 
 def fit_q(data: Data, num_updates: int = UPDATES) -> TwinQ:
     """Eq. 4 with every action the last of its episode: both critics regress the reward on the action."""
     q = TwinQ(1, 2)
-
-    def loss(action: Tensor, reward: Tensor) -> Tensor:
-        return sum(F.mse_loss(one, reward) for one in q(the_state(len(action)), action))
-
-    fit(loss, data, list(q.parameters()), num_updates)
+    fit(lambda action, r: sum(F.mse_loss(one, r) for one in q(torch.zeros(BATCH, 1), action)), data, num_updates, q)
     return q.requires_grad_(False)
 
 
@@ -191,16 +145,13 @@ def td3_bc(data: Data, q: TwinQ, num_updates: int = Q_UPDATES) -> Sampler:
     """Fujimoto and Gu 2021: a deterministic policy; maximises 2.5 Q_1 / mean |Q_1| minus the squared error to data."""
     net = mlp(1, 256, 256, 2)
 
-    def policy(n: int) -> Tensor:
-        return net(the_state(n)).tanh()
-
     def loss(action: Tensor, _: Tensor) -> Tensor:
-        own = policy(BATCH)
-        q1, _ = q(the_state(BATCH), own)
+        own = net(torch.zeros(BATCH, 1)).tanh()
+        q1, _ = q(torch.zeros(BATCH, 1), own)
         return -2.5 * q1.mean() / q1.detach().abs().mean() + F.mse_loss(own, action)
 
-    fit(loss, data, list(net.parameters()), num_updates)
-    return policy
+    fit(loss, data, num_updates, net)
+    return lambda n: net(torch.zeros(n, 1)).tanh()
 
 
 def bcq(data: Data, q: TwinQ, vae: Callable[..., Tensor], num_updates: int = Q_UPDATES) -> Sampler:
@@ -209,41 +160,52 @@ def bcq(data: Data, q: TwinQ, vae: Callable[..., Tensor], num_updates: int = Q_U
 
     def propose(n: int) -> tuple[Tensor, Tensor]:
         action = vae(n, 0.5).detach()
-        action = (action + 0.05 * net(torch.cat([the_state(n), action], -1)).tanh()).clamp(-1, 1)
-        return action, q.q1(torch.cat([the_state(n), action], -1)).squeeze(-1)
+        action = (action + 0.05 * net(with_state(action)).tanh()).clamp(-1, 1)
+        return action, q.q1(with_state(action)).squeeze(-1)
 
     def policy(n: int) -> Tensor:
         action, q1 = propose(100 * n)
         return action.view(n, 100, 2)[torch.arange(n), q1.view(n, 100).argmax(1)]
 
-    fit(lambda *_: -propose(BATCH)[1].mean(), data, list(net.parameters()), num_updates)
+    fit(lambda *_: -propose(BATCH)[1].mean(), data, num_updates, net)
     return policy
 
 
 def bear(data: Data, q: TwinQ, num_updates: int = Q_UPDATES) -> Sampler:
     """Kumar et al. 2019: a tanh-Gaussian maximises the smaller Q; a multiplier keeps its MMD to the data below 0.05."""
-    policy, log_multiplier = TanhGaussian(), nn.Parameter(torch.zeros(()))
+    policy = TanhGaussian()
+    policy.log_multiplier = nn.Parameter(torch.zeros(()))
 
     def loss(action: Tensor, _: Tensor) -> Tensor:
         sample = policy(BATCH)
-        excess = mmd(sample, action) - 0.05
-        multiplier = log_multiplier.clamp(-5, 10).exp()
-        gain = torch.min(*q(the_state(BATCH), sample)).mean()
+        excess, multiplier = mmd(sample, action) - 0.05, policy.log_multiplier.clamp(-5, 10).exp()
+        gain = torch.min(*q(torch.zeros(BATCH, 1), sample)).mean()
         return -gain + multiplier.detach() * excess - multiplier * excess.detach()
 
-    fit(loss, data, [*policy.parameters(), log_multiplier], num_updates)
+    fit(loss, data, num_updates, policy)
     return policy
 
 
-def diffusion_ql(data: Data, q: TwinQ, clone: DiffusionQL, num_updates: int = DIFFUSION_Q_UPDATES) -> DiffusionQL:
-    """Trains with Eq. 3, starting from a copy of the cloned policy."""
-    agent = make_agent(clone.args.num_steps, ETA)
-    agent.policy.load_state_dict(clone.policy.state_dict())
-    agent.critic.load_state_dict(q.state_dict())
-    return train_diffusion(agent, data, num_updates)
+def diffusion(data: Data, num_steps: int, num_updates: int, q: TwinQ | None = None,
+              clone: DiffusionQL | None = None) -> DiffusionQL:  # fmt: skip
+    """Policy steps of Algorithm 1: by Eq. 2 alone or, given critics and a cloned policy to start from, by Eq. 3."""
+    agent = DiffusionQL(1, 2, dql.Args(
+        device="cpu", compile=False, batch_size=BATCH, num_steps=num_steps, eta=ETA if q else 0.0,
+        learning_rate=LEARNING_RATE, eval_candidates=1,
+    ))  # fmt: skip
+    if q:
+        agent.policy.load_state_dict(clone.policy.state_dict())
+        agent.critic.load_state_dict(q.state_dict())
+    state, done = torch.zeros(BATCH, 1), torch.ones(BATCH)
+    for _ in range(num_updates):
+        index = agent.draw_index(len(data.action), torch.default_generator)
+        batch = dql.Batch(state, data.action[index], data.reward[index], state, done)
+        dql.descend(agent.policy_opt, agent.policy_gradient(batch, agent.draw(torch.default_generator))[0])
+    return agent
 
 
-# ----------------------------------------------------------------------------- numbers and pictures
+def sampler(agent: DiffusionQL) -> Sampler:
+    return lambda n: agent.act_fresh(torch.zeros(n, 1), torch.default_generator)
 
 
 def numbers(action: Tensor, data: Data) -> dict:
@@ -257,22 +219,21 @@ def numbers(action: Tensor, data: Data) -> dict:
     return found
 
 
-def draw(path: Path, rows: list[dict[str, Tensor]], data: Data) -> None:
+def draw(path: Path, found: dict[str, Tensor], rows: list[list[str]], data: Data) -> None:
     """Scatter plots of two rows of policies. Each row starts with the data: plain, then coloured by reward."""
     width = len(rows[0]) + 1
     figure = Figure(figsize=(2.4 * width, 5.2), layout="constrained")
     panels = figure.subplots(2, width, sharex=True, sharey=True)
-    some = Data(*(x[:SAMPLES] for x in data))
-    panels[0, 0].scatter(*some.action.T, s=3, color="gray")
-    panels[0, 0].set_title("data")
-    dots = panels[1, 0].scatter(*some.action.T, s=3, c=some.reward)
+    action, reward = (x[:SAMPLES] for x in data)
+    panels[0, 0].scatter(*action.T, s=3, color="gray")
+    panels[0, 0].set(title="data", xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), xticks=(-0.8, 0, 0.8), yticks=(-0.8, 0, 0.8))
+    dots = panels[1, 0].scatter(*action.T, s=3, c=reward)
     panels[1, 0].set_title("data and reward")
     figure.colorbar(dots, ax=panels[1, 0], location="bottom")
-    for row, color, axes in zip(rows, ("tab:blue", "tab:red"), panels, strict=True):
-        for (name, action), axis in zip(row.items(), axes[1:], strict=True):
-            axis.scatter(*action.T, s=3, color=color)
+    for names, color, axes in zip(rows, ("tab:blue", "tab:red"), panels, strict=True):
+        for name, axis in zip(names, axes[1:], strict=True):
+            axis.scatter(*found[name].T, s=3, color=color)
             axis.set_title(name)
-    panels[0, 0].set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), xticks=(-0.8, 0, 0.8), yticks=(-0.8, 0, 0.8))
     figure.savefig(path, format="png", dpi=110)
 
 
@@ -292,23 +253,22 @@ def main(args: Args) -> None:
 
     note("data", lambda n: data.action[-n:])
     q, vae = fit_q(data), clone_vae(data)
-    note("Gaussian, MLE", clone_mle(data))
+    note("Gaussian, MLE", clone_gaussian(data, "MLE"))
     note("conditional VAE", vae)
-    note("Gaussian, MMD", clone_mmd(data))
+    note("Gaussian, MMD", clone_gaussian(data, "MMD"))
     note("TD3+BC", td3_bc(data, q))
     note("BCQ", bcq(data, q, vae))
     note("BEAR", bear(data, q))
     for n in STEPS:
-        clone = clone_diffusion(data, n)
+        clone = diffusion(data, n, UPDATES)
         note(f"diffusion, N = {n}", sampler(clone))
-        note(f"Diffusion-QL, N = {n}", sampler(diffusion_ql(data, q, clone)))
+        note(f"Diffusion-QL, N = {n}", sampler(diffusion(data, n, DIFFUSION_Q_UPDATES, q, clone)))
 
-    last = f", N = {NUM_STEPS}"
-    cloned = {name: found[name] for name in ("Gaussian, MLE", "conditional VAE", "Gaussian, MMD", f"diffusion{last}")}
-    learned = {name: found[name] for name in ("TD3+BC", "BCQ", "BEAR", f"Diffusion-QL{last}")}
-    by_steps = [{f"{k}, N = {n}": found[f"{k}, N = {n}"] for n in STEPS} for k in ("diffusion", "Diffusion-QL")]
-    write_whole(args.out / "policies.png", lambda path: draw(path, [cloned, learned], data))
-    write_whole(args.out / "steps.png", lambda path: draw(path, by_steps, data))
+    policies = [["Gaussian, MLE", "conditional VAE", "Gaussian, MMD", f"diffusion, N = {STEPS[-1]}"],
+                ["TD3+BC", "BCQ", "BEAR", f"Diffusion-QL, N = {STEPS[-1]}"]]  # fmt: skip
+    by_steps = [[f"{name}, N = {n}" for n in STEPS] for name in ("diffusion", "Diffusion-QL")]
+    for name, rows in (("policies", policies), ("steps", by_steps)):
+        write_whole(args.out / f"{name}.png", lambda path, rows=rows: draw(path, found, rows, data))
     write_json(args.out / "bandit.json", {
         "seed": args.seed, "updates": UPDATES, "q_updates": Q_UPDATES, "diffusion_q_updates": DIFFUSION_Q_UPDATES,
         "seconds": round(time.perf_counter() - start), "versions": versions(torch.device("cpu")),

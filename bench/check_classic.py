@@ -10,7 +10,6 @@ missing. The classic interpreter needs no torch.
 """
 
 import argparse
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -46,16 +45,18 @@ PLAIN = {  # gymnasium's tasks of the same names
 FILE_IDS = ["hopper-medium-v2", "pen-human-v1", "antmaze-umaze-v0", "kitchen-complete-v0"]  # four episode limits
 TOLERANCE = 1e-9  # for a single step: smaller differences are rounding
 ALPHA = 0.01  # how often a comparison of resets fails by chance alone (all coordinates together)
-COUNTS = ["steps", "resets", "episodes", "files"]
+COUNTS = {  # name: (default, what is counted)
+    "steps": (1000, "single steps of each of the 20 tasks"),
+    "resets": (500, "resets of each distinct environment"),
+    "episodes": (3, "whole episodes of each distinct environment"),
+    "files": (200, "random data files"),
+}
 PACKAGES = ["d4rl", "gym", "free-mujoco-py", "dm-control", "gymnasium", "gymnasium-robotics", "mujoco", "numpy"]
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    return {"python": platform.python_version()} | {name: found[name] for name in PACKAGES if name in found}
 
 
 # ------------------------------------------------------------------------------------------------- the classic stack
@@ -68,21 +69,18 @@ def dump(folder: Path, args: argparse.Namespace) -> None:
 
     out = {}
     for env_id in ENV_IDS:
-        for key, value in classic_steps(envs[env_id], env_id, args.steps).items():
-            out[f"steps/{env_id}/{key}"] = value
+        out |= {f"steps/{env_id}/{k}": v for k, v in classic_steps(envs[env_id], env_id, args.steps).items()}
     np.random.seed(0)  # antmaze's goals are drawn from it
     for env_id in DISTINCT:
         env = classic_make(env_id)
         getattr(env.unwrapped, "wrapped_env", env).seed(0)  # d4rl's wrapper ignores the seed
         out[f"resets/{env_id}"] = [classic_reset(env, env_id) for _ in range(args.resets)]
         for i in range(args.episodes):
-            for key, value in classic_episode(env, env_id).items():
-                out[f"episodes/{env_id}/{i}/{key}"] = value
+            out |= {f"episodes/{env_id}/{i}/{k}": v for k, v in classic_episode(env, env_id).items()}
     for i in range(args.files):
         env_id = random_file(folder / f"{i}.hdf5", i)
         data = envs[env_id].get_dataset(str(folder / f"{i}.hdf5"))
-        for key, value in d4rl.qlearning_dataset(envs[env_id], dataset=data).items():
-            out[f"files/{i}/{key}"] = value
+        out |= {f"files/{i}/{k}": v for k, v in d4rl.qlearning_dataset(envs[env_id], dataset=data).items()}
     np.savez(folder / "classic.npz", versions=json.dumps(versions()), **out)
 
 
@@ -139,17 +137,18 @@ def classic_reset(env: Any, env_id: str) -> np.ndarray:
 
 
 def classic_episode(env: Any, env_id: str) -> dict[str, np.ndarray]:
-    """An episode of a fixed policy: its first state, actions, observations and rewards, and whether it is truncated."""
+    """An episode of a fixed policy: its first state, actions and observations, and whether it is truncated."""
     raw, task, done, rows = env.unwrapped, TASKS[env_id], False, []
     weights = np.sin(np.arange(task.state_dim * task.action_dim)).reshape(task.state_dim, task.action_dim)
     raw.robot_noise_ratio = 0.0  # in kitchen
     observation, start = env.reset(), classic_state(raw, task.family)
     while not done:
         action = np.tanh(observation @ weights).astype(np.float32)
-        observation, reward, done, info = env.step(action)
-        rows.append((action, observation, reward))
-    columns = dict(zip(("actions", "observations", "rewards"), map(np.array, zip(*rows, strict=True)), strict=True))
-    return start | columns | {"truncated": info.get("TimeLimit.truncated", False)}
+        observation, _, done, info = env.step(action)
+        rows.append((action, observation))
+    actions, observations = map(np.array, zip(*rows, strict=True))
+    truncated = info.get("TimeLimit.truncated", False)
+    return start | {"actions": actions, "observations": observations, "truncated": truncated}
 
 
 def random_file(path: Path, seed: int) -> str:
@@ -205,14 +204,11 @@ def put(env: Any, state: dict) -> np.ndarray:
     return env.observe()
 
 
-def at_wall(env: Any) -> bool:
-    return env.family == "antmaze" and (env.model.geom_type[env.data.contact.geom] == 6).any()  # 6: a box
-
-
 def step(env: Any, row: dict) -> tuple:
-    """One step from the row's state: observation, next observation, reward, done, and whether a wall was touched."""
-    observation, touching = put(env, row), at_wall(env)
-    return observation, *env.step(row["action"])[:3], touching or at_wall(env)
+    """One step from the row's state: observation, next observation, reward, done, and whether it begins at a wall."""
+    observation = put(env, row)
+    at_wall = env.family == "antmaze" and (env.model.geom_type[env.data.contact.geom] == 6).any()  # 6: a box
+    return observation, *env.step(row["action"])[:3], at_wall
 
 
 def plain_step(env: Any, row: dict) -> tuple:
@@ -262,49 +258,34 @@ def compare_steps(rows: list[dict], results: list[tuple]) -> dict:
         "reward": float(max(abs(x[2] - row["reward"]) for row, x in pairs)),
         "done_differs": sum(bool(x[3]) != bool(row["done"]) for row, x in pairs),
         "done": sum(bool(row["done"]) for row in rows),
+        "at_wall": sum(bool(x[4]) for x in results),
     }
 
 
 def compare_samples(ours: np.ndarray, theirs: np.ndarray) -> dict:
-    """Compares two samples (n, coordinates): means, spreads, and a Kolmogorov-Smirnov test of each coordinate."""
-    ours, theirs = (np.round(np.asarray(x, float), 6) for x in (ours, theirs))  # constants may differ in the last bits
-    n, m = len(ours), len(theirs)
-    p = []
-    for a, b in zip(np.sort(ours.T), np.sort(theirs.T), strict=True):
+    """A Kolmogorov-Smirnov test of two samples (n, coordinates)."""
+    n, m, p = len(ours), len(theirs), []
+    for a, b in zip(np.sort(np.round(ours, 6).T), np.sort(np.round(theirs, 6).T), strict=True):  # without last bits
         both = np.concatenate([a, b])
         gap = np.abs(np.searchsorted(a, both, "right") / n - np.searchsorted(b, both, "right") / m).max()
         p.append(2 * np.exp(-2 * gap**2 * n * m / (n + m)))
-    found = {f"{what}_{whose}": getattr(x, what)(axis=0).tolist()
-             for what in ("mean", "std") for whose, x in (("ours", ours), ("d4rl", theirs))}  # fmt: skip
-    error = np.sqrt(ours.var(axis=0) / n + theirs.var(axis=0) / m)
-    off = np.abs(ours.mean(axis=0) - theirs.mean(axis=0))
-    moving = theirs.std(axis=0) > 0
-    ratio = ours.std(axis=0)[moving] / theirs.std(axis=0)[moving]
-    return found | {
-        "mean_off": float((off[moving] / error[moving]).max(initial=0)),  # in standard errors
-        "constants_off": float(off[~moving].max(initial=0)),
-        "spread": [float(ratio.min(initial=1)), float(ratio.max(initial=1))],
-        "p": float(min(1, min(p) * len(p))),  # with Bonferroni's correction
-    }
+    return {"resets": m, "coordinates": len(p), "p": float(min(1, min(p) * len(p)))}  # with Bonferroni's correction
 
 
 def compare_episode(env: Any, theirs: dict) -> dict:
     """Repeats a classic episode from its first state with its actions; returns for how long both agree."""
     put(env.unwrapped, theirs)
-    differences, rewards = [], []
+    differences = []
     for action, observation in zip(theirs["actions"], theirs["observations"], strict=True):
-        ours, reward, terminated, truncated, _ = env.step(action)
-        differences.append(float(np.abs(ours - observation).max()))
-        rewards.append(reward)
+        ours, _, terminated, truncated, _ = env.step(action)
+        differences.append(np.abs(ours - observation).max())
         if terminated or truncated:
             break
-    apart = np.flatnonzero(np.array(differences) > 1e-6)
-    same = int(apart[0]) if len(apart) else len(differences)
+    steps = len(theirs["actions"])
     return {
-        "steps": len(theirs["rewards"]),
-        "same_steps": same,  # after these, rounding has grown: the motion is chaotic
-        "reward": float(np.abs(np.array(rewards[:same]) - theirs["rewards"][:same]).max(initial=0)),
-        "same_end": len(rewards) == len(theirs["rewards"]) and bool(truncated) == bool(theirs["truncated"]),
+        "steps": steps,
+        "same_steps": next((i for i, off in enumerate(differences) if off > 1e-6), steps),  # until rounding has grown
+        "same_end": len(differences) == steps and (terminated or truncated) and truncated == bool(theirs["truncated"]),
     }
 
 
@@ -332,73 +313,54 @@ def compare(folder: Path, args: argparse.Namespace) -> bool:
     def of(prefix: str) -> dict:
         return {key[len(prefix) :]: theirs[key] for key in theirs.files if key.startswith(prefix)}
 
-    def report(table: str, name: str, found: dict, equal: bool | None, line: str) -> None:
+    def report(table: str, name: str, found: dict, equal: bool | None = None) -> None:
+        """Notes and prints a comparison, and whether all is equal; None: nothing is expected of it."""
         results.setdefault(table, {})[name.strip()] = found | ({} if equal is None else {"equal": bool(equal)})
-        wrong.extend([f"{table} of {name}"] if equal is False else [])
-        print(f"{name:<34} {line}" + ("   NOT EQUAL" if equal is False else ""), flush=True)
-
-    def report_steps(name: str, rows: list[dict], taken: list[tuple], verdict: bool) -> None:
-        found = compare_steps(rows, taken)
-        equal = max(found["largest"], found["reward"]) < TOLERANCE and found["done_differs"] == 0
-        line = f"{found['steps']:>6} {found['median']:>10.1e} {found['largest']:>10.1e} {found['reward']:>10.1e}"
-        line += f" {found['done_differs']:>6} of {found['done']}"
-        report("steps", name, found, equal if verdict else None, line)
+        differs = equal is not None and not equal
+        if differs:
+            wrong.append(f"{table} of {name}")
+        numbers = (f"{key} {x:.1e}" if isinstance(x, float) else f"{key} {x}" for key, x in found.items())
+        print(f"{name:<28} {', '.join(numbers)}" + "   NOT EQUAL" * differs, flush=True)
 
     for stack in ("classic", "maintained"):
         print(f"{stack:<11}", ", ".join(" ".join(pair) for pair in results[stack].items()))
-    head = f"{'steps':>6} {'median':>10} {'largest':>10} {'reward':>10}   done flags"
-    print(f"\n{'single steps, differences to D4RL':<34} {head}")
+    print("\nsingle steps, differences to D4RL")
     for env_id in ENV_IDS:
         columns = of(f"steps/{env_id}/")
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         env = make_env(env_id).unwrapped
         env.reset(seed=0)
-        taken = [step(env, row) for row in rows]
-        for walls in (False, True):
-            picked = [i for i, result in enumerate(taken) if result[4] == walls]
-            if picked:
-                name = env_id + " at a wall" * walls
-                report_steps(name, [rows[i] for i in picked], [taken[i] for i in picked], True)
+        found = compare_steps(rows, [step(env, row) for row in rows])
+        worst = np.max([found["largest"], found["reward"], found["done_differs"]])  # nan if one is
+        report("steps", env_id, found, worst < TOLERANCE)
         for name in PLAIN.get(env_id, []):
             if TASKS[env_id].family == "antmaze":  # its walls stand elsewhere: only near the start
                 rows = [row for row in rows if np.abs(row["qpos"][:2]).max() < 1]
             env = make_plain(name)
             env.reset(seed=0)
-            report_steps("  plain " + name, rows, [plain_step(env, row) for row in rows], False)
+            report("steps", "  plain " + name, compare_steps(rows, [plain_step(env, row) for row in rows]))
 
-    head = f"{'resets':>6} {'coordinates':>11} {'means off':>10} {'spreads':>10} {'p':>5}"
-    print(f"\n{'first observations':<34} {head}   (means off in standard errors)")
+    print("\nfirst observations, in distribution")
     for env_id in DISTINCT:
         env, sample = make_env(env_id), theirs[f"resets/{env_id}"]
         found = compare_samples(np.array([first_observation(env, i) for i in range(len(sample))]), sample)
-        spread = "{:.2f}-{:.2f}".format(*found["spread"])
-        line = f"{len(sample):>6} {sample.shape[1]:>11} {found['mean_off']:>10.1f} {spread:>10} {found['p']:>5.2f}"
-        report("resets", env_id, found, found["p"] > ALPHA and found["constants_off"] < 1e-5, line)
+        report("resets", env_id, found, found["p"] > ALPHA)
 
-    head = f"{'steps':>6} {'within 1e-6':>11} {'reward':>10}   end"
-    print(f"\n{'same start, same actions':<34} {head}   (chaos makes rounding grow)")
+    print("\nepisodes, same start, same actions; chaos makes rounding grow")
     for env_id in DISTINCT:
         env = make_env(env_id)
         for i in range(args.episodes):
             env.reset(seed=0)
             found = compare_episode(env, of(f"episodes/{env_id}/{i}/"))
             equal = found["same_end"] and found["same_steps"] >= min(found["steps"], 30)
-            line = f"{found['steps']:>6} {found['same_steps']:>11} {found['reward']:>10.1e}"
-            report("episodes", f"{env_id} {i}", found, equal, line + ("   same" if found["same_end"] else "   another"))
+            report("episodes", f"{env_id} {i}", found, equal)
 
-    same, empty = 0, 0
-    for i in range(args.files):
-        arrays = of(f"files/{i}/")
-        same += same_transitions(FILE_IDS[i % 4], folder / f"{i}.hdf5", arrays)
-        empty += len(arrays["rewards"]) == 0
-    print()
-    report("files", "load_dataset", {"files": args.files, "same": same, "empty": empty}, same == args.files,
-           f"{same} of {args.files} random files as by d4rl.qlearning_dataset, bit by bit ({empty} have no transition)")
+    print("\nrandom files, bit by bit")
+    same = sum(same_transitions(FILE_IDS[i % 4], folder / f"{i}.hdf5", of(f"files/{i}/")) for i in range(args.files))
+    report("files", "load_dataset", {"files": args.files, "same": same}, same == args.files)
 
     print("\n" + ("not equal: " + "; ".join(wrong) if wrong else "all equal"))
-    path = ROOT / "bench" / "results" / "classic_check.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    (ROOT / "bench" / "results" / "classic_check.json").write_text(json.dumps(results, indent=1) + "\n")
     return not wrong
 
 
@@ -417,10 +379,8 @@ def record(folder: Path, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classic-python", default=sys.executable, help="of the environment with gym, mujoco-py, d4rl")
-    parser.add_argument("--steps", type=int, default=1000, help="single steps of each of the 20 tasks")
-    parser.add_argument("--resets", type=int, default=500)
-    parser.add_argument("--episodes", type=int, default=3, help="whole episodes of each distinct environment")
-    parser.add_argument("--files", type=int, default=200, help="random data files")
+    for name, (count, what) in COUNTS.items():
+        parser.add_argument(f"--{name}", type=int, default=count, help=what)
     parser.add_argument("--dump", type=Path, help=argparse.SUPPRESS)  # the classic interpreter's part
     args = parser.parse_args()
     warnings.simplefilter("ignore")

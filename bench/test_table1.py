@@ -1,15 +1,14 @@
-"""Tests Table 1 of made-up runs against arithmetic by hand, and real runs killed and started again, also on Ray."""
+"""Tests Table 1 of made-up runs against arithmetic by hand, and real runs killed and started again."""
 
-import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,12 @@ import table1
 import tiny
 
 import dql
+from housekeeping.ending import run_main
 from housekeeping.folder import seed_folders, write_args
 
-SCRIPT = Path(table1.__file__)
 TINY = ["--num-updates", "40", "--eval-every", "10", "--eval-episodes", "2", "--eval-candidates", "2",
         "--batch-size", "8", "--num-steps", "2", "--log-every", "4"]  # fmt: skip
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only there do a killed program's children end with it")
-TIMES = ("updates_per_second", "seconds")
 
 
 def make_run(runs_dir: Path, env_id: str, seed: int, scores: tuple | None, num_seeds=1, name="", **changes) -> Path:
@@ -32,21 +30,17 @@ def make_run(runs_dir: Path, env_id: str, seed: int, scores: tuple | None, num_s
     folder = runs_dir / f"{env_id}__dql__{seed}__{name or num_seeds}"
     folder.mkdir(parents=True)
     write_args(args, folder)
-    for k, path in enumerate([folder] if num_seeds == 1 else [folder, *seed_folders(args, folder)]):
-        (path / "checkpoint.pt").touch()
-        if scores:
-            summary = {name: {"score": s, "std": 1.0, "step": 5} for name, s in zip(table1.SCORES, scores, strict=True)}
-            rest = {"updates_per_second": 9.0, "seconds": 3.0, "device": "cpu"}
-            summary |= {"env_id": env_id, "seed": seed + max(k - 1, 0), "num_updates": args.num_updates, **rest}
-            (path / "summary.json").write_text(json.dumps(summary))
+    if scores:
+        summary = {name: {"score": s, "std": 1.0} for name, s in zip(table1.SCORES, scores, strict=True)}
+        for path in {folder, *seed_folders(args, folder)}:
+            (path / "summary.json").write_text(json.dumps(summary | {"num_updates": args.num_updates}))
     return folder
 
 
 def table_of(tmp_path: Path, *words: str) -> list[dict]:
-    """The rows of table1.csv for the runs in a folder, with numbers as floats and missing ones as nan."""
+    """The table's rows for the runs in a folder."""
     assert table1.run(["--only-table", "--runs-dir", str(tmp_path), "--out", str(tmp_path / "out"), *words]) == 0
-    with (tmp_path / "out" / "table1.csv").open() as file:
-        return [{k: v if k == "task" else float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
+    return json.loads((tmp_path / "out" / "table1.json").read_text())["rows"]
 
 
 def test_table_of_made_up_runs(tmp_path, capsys):
@@ -61,27 +55,24 @@ def test_table_of_made_up_runs(tmp_path, capsys):
 
     hopper, walker, kitchen, gym, kitchens = table_of(tmp_path)
     assert (hopper["task"], hopper["seeds"], hopper["num_updates"]) == ("hopper-medium-v2", 3, 2_000_000)
-    assert (hopper["last_mean"], hopper["last_std"]) == (86.0, pytest.approx(24**0.5))  # (36 + 0 + 36) / 3 = 24
-    assert (hopper["best_mean"], hopper["best_std"], hopper["offline_mean"]) == (95.0, 0.0, 90.0)
-    assert (hopper["paper_mean"], hopper["paper_std"]) == (90.5, 4.6)
-    assert (hopper["reproduction_mean"], hopper["reproduction_std"]) == (80.4, 15.7)
-    assert (walker["seeds"], walker["last_mean"], kitchen["seeds"], kitchen["last_mean"]) == (2, 70.0, 1, 50.0)
+    assert hopper["last"] == [86.0, pytest.approx(24**0.5)]  # (36 + 0 + 36) / 3 = 24
+    assert [hopper[name] for name in ("best", "offline", "paper", "reproduction")] == [[95, 0], [90, 0], [90.5, 4.6],
+                                                                                       [80.4, 15.7]]  # fmt: skip
+    assert (walker["seeds"], walker["last"], kitchen["seeds"], kitchen["last"]) == (2, [70, 0], 1, [50, None])
     assert gym["task"] == "Gym average, 2 of 9 tasks" and kitchens["task"] == "Kitchen average, 1 of 3 tasks"
-    assert (gym["last_mean"], gym["paper_mean"]) == (78.0, 88.75)  # (86 + 70) / 2, (90.5 + 87.0) / 2
-    assert gym["reproduction_mean"] == pytest.approx(83.55)  # (80.4 + 86.7) / 2
+    assert (gym["last"], gym["paper"]) == ([78, None], [88.75, None])  # (86 + 70) / 2, (90.5 + 87.0) / 2
+    assert gym["reproduction"][0] == pytest.approx(83.55) and kitchens["reproduction"] is None  # (80.4 + 86.7) / 2
 
     text = (tmp_path / "out" / "table1.md").read_text()
     assert text.strip() in capsys.readouterr().out
     assert "| hopper-medium-v2 | 3 | 2,000,000 | 86.0 ± 4.9 | 95.0 ± 0.0 | 90.0 ± 0.0 | 90.5 ± 4.6 |" in text
     assert "| kitchen-complete-v0 | 1 | 250,000 | 50.0 | 60.0 | 55.0 | 84.0 ± 7.4* |  |" in text
     assert "Left out: 2 finished run(s) with other eta, eval_candidates, eval_every, num_updates." in text
-    with (tmp_path / "out" / "runs.csv").open() as file:
-        assert [row["seed"] for row in csv.DictReader(file)] == ["0", "1", "2", "0", "1", "7"]
 
     (short,) = (r for r in table_of(tmp_path, "--num-updates", "20000", "--eval-every", "10000") if r["seeds"] == 1)
-    assert (short["num_updates"], short["last_mean"]) == (20_000, 1.0)
+    assert (short["num_updates"], short["last"]) == (20_000, [1.0, None])
     (demo,) = table_of(tmp_path, "--tasks", "halfcheetah-demo-v0")
-    assert demo["last_mean"] == 3.0
+    assert demo["last"] == [3.0, None]
 
 
 def test_the_newest_finished_run_of_a_seed_counts(tmp_path):
@@ -90,57 +81,52 @@ def test_the_newest_finished_run_of_a_seed_counts(tmp_path):
         os.utime(folder / "summary.json", (time.time() - age,) * 2)
     make_run(tmp_path, "pen-human-v1", 0, None, name="d")
     task, average = table_of(tmp_path)
-    assert (task["seeds"], task["last_mean"], average["last_mean"]) == (1, 20.0, 20.0)
+    assert (task["seeds"], task["last"], average["last"]) == (1, [20, None], [20, None])
 
 
 def test_damaged_and_foreign_json_is_skipped(tmp_path, capsys):
     """It is counted and told in one line; runs that are whole are in the table, and none is trained in its place."""
     make_run(tmp_path, "hopper-medium-v2", 0, (80.0, 95.0, 90.0))
-    whole, summary = make_run(tmp_path, "hopper-medium-v2", 1, (1.0, 1.0, 1.0)), {"num_updates": 2_000_000}
-    args = json.loads((whole / "args.json").read_text())
-    bad_args = ["", "[1, 2", "[]", "3", '"env_id"', "[" * 10_000, "{}", json.dumps(args | {"env_id": ["a"]}),
-                json.dumps(args | {"seed": "0"}), "\0\udcff",
-                json.dumps({"env_id": "hopper-medium-v2"})]  # fmt: skip
-    scores = json.loads((whole / "summary.json").read_text())
-    bad_summaries = ["", "[]", "{}", json.dumps(summary), json.dumps(scores | {"last": 1.0}),
-                     json.dumps(scores | {"best": {"score": "1", "std": 1.0, "step": 5}}),
-                     json.dumps(scores | {"best": {"score": float("nan"), "std": 1.0, "step": 5}})]  # fmt: skip
-    for k, text in enumerate(bad_args + bad_summaries):
-        (tmp_path / f"bad-{k}").mkdir()
-        names = ("args.json", "summary.json") if k < len(bad_args) else ("summary.json", "args.json")
-        (tmp_path / f"bad-{k}" / names[0]).write_bytes(text.encode(errors="surrogateescape"))
-        (tmp_path / f"bad-{k}" / names[1]).write_text((whole / names[1]).read_text())
+    whole = make_run(tmp_path, "hopper-medium-v2", 1, (1.0, 1.0, 1.0))
+    args, summary = (json.loads((whole / name).read_text()) for name in ("args.json", "summary.json"))
+    bad_args = ["", "[1, 2", "[]", "3", "[" * 10_000, "{}", {"env_id": "hopper-medium-v2"}, "\0\udcff",
+                args | {"env_id": ["a"]}, args | {"seed": "0"}]  # fmt: skip
+    bests = (1.0, {"score": "1", "std": 1.0}, {"score": float("nan"), "std": 1.0})
+    bad_summaries = ["", "[]", "{}", {"num_updates": 2_000_000}, *(summary | {"best": best} for best in bests)]
+    bad = [("args.json", text) for text in bad_args] + [("summary.json", text) for text in bad_summaries]
+    for k, (name, text) in enumerate(bad):
+        shutil.copytree(whole, tmp_path / f"bad-{k}")
+        text = text if isinstance(text, str) else json.dumps(text)
+        (tmp_path / f"bad-{k}" / name).write_bytes(text.encode(errors="surrogateescape"))
     (tmp_path / "folders" / "args.json").mkdir(parents=True)
-    (tmp_path / "file").write_text("")
-    (hopper, _), count = table_of(tmp_path), len(bad_args + bad_summaries) + 1
-    assert (hopper["seeds"], hopper["last_mean"]) == (2, 40.5)
+    hopper, _ = table_of(tmp_path)
+    assert (hopper["seeds"], hopper["last"]) == (2, [40.5, 39.5])
     out = capsys.readouterr().out
-    assert f"Skipped: {count} run(s) with damaged or foreign JSON: {tmp_path / 'bad-0'} ..." in out.splitlines()
+    assert f"Skipped: {len(bad) + 1} run(s) with damaged or foreign JSON: {tmp_path / 'bad-0'} ..." in out.splitlines()
     (whole / "summary.json").write_text("x")
     assert jobs_of(tmp_path, "cuda", seeds=2) == [(1, 1)]
 
 
 def jobs_of(runs_dir: Path, kind: str, seeds=5) -> list[tuple[int, int]]:
-    args, given = table1.Args(runs_dir=runs_dir, seeds=seeds), dql.Args()
-    wanted = {"hopper-medium-v2": table1.settings_of("hopper-medium-v2", given)}
-    return [(job.seed, job.num_seeds) for job in table1.plan(args, wanted, [], kind)]
+    """The first seed and number of seeds of each job."""
+    wanted = dql.with_settings(dql.Args(env_id="hopper-medium-v2", num_seeds=seeds))
+    return [(job.seed, job.num_seeds) for job in table1.plan(wanted, table1.read_runs(runs_dir)[0], kind)]
 
 
 def test_jobs(tmp_path):
-    """Consecutive seeds share a job on a GPU only; finished ones get none; a folder with a checkpoint is resumed."""
+    """Consecutive seeds share a job on a GPU only; finished ones get none; a folder is resumed where it can be."""
     assert jobs_of(tmp_path, "cuda") == [(0, 5)]
     assert jobs_of(tmp_path, "cpu", seeds=3) == [(0, 1), (1, 1), (2, 1)]
     make_run(tmp_path, "hopper-medium-v2", 1, (1.0, 1.0, 1.0))
+    make_run(tmp_path, "hopper-medium-v2", 4, None, eta=0.0)
     assert jobs_of(tmp_path, "cuda") == [(0, 1), (2, 3)]
-    begun = make_run(tmp_path, "hopper-medium-v2", 3, None, num_seeds=2)
+    make_run(tmp_path, "hopper-medium-v2", 3, None, num_seeds=2)
     assert jobs_of(tmp_path, "cpu") == [(3, 2), (0, 1), (2, 1)]
     assert jobs_of(tmp_path, "cuda") == [(0, 1), (2, 3)]  # a run is resumed only on the kind of device it began on
-    (begun / "checkpoint.pt").unlink()
-    assert jobs_of(tmp_path, "cpu") == [(0, 1), (2, 1), (3, 1), (4, 1)]
 
 
 @pytest.mark.parametrize("words, complaint", [
-    (["--seeds", "0"], "--seeds is 0, it must be at least 1"),
+    (["--seeds", "0"], "--num-seeds is 0, it must be at least 1"),
     (["--seeds", "x"], "invalid literal for int"),
     (["--tasks", "hoper-medium-v2"], "hopper-medium-v2"),
     (["--gama", "1"], "--gamma"),
@@ -152,30 +138,17 @@ def test_jobs(tmp_path):
     (["--only-table", "--out", table1.__file__], "File exists"),
     (["--devices", "cpu", "--tasks", "hopper-medium-v2", "--runs-dir", table1.__file__], "Not a directory"),
 ])  # fmt: skip
-def test_bad_input_in_one_line(words, complaint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["table1.py", "--runs-dir", str(tmp_path), "--out", str(tmp_path), *words])
+def test_bad_input_in_one_line(words, complaint, tmp_path, capsys):
+    words = ["--runs-dir", str(tmp_path), "--out", str(tmp_path), *words]
     with pytest.raises(SystemExit) as stop:
-        table1.main()
+        run_main("table1.py", lambda: table1.run(words))
     said = capsys.readouterr()
     assert stop.value.code == 2 and complaint in said.err and said.err.count("\n") == 1 and said.out == ""
 
 
-# ----------------------------------------------------------------------------- real runs
-
-
 def command(folder: Path, data: Path, *words: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), "--runs-dir", str(folder / "runs"), "--out", str(folder / "out"),
-            "--dataset-path", str(data), "--seeds", "2", "--tasks", "hopper-medium-v2", *words, *TINY]  # fmt: skip
-
-
-@contextmanager
-def started(words: list[str]) -> Iterator[subprocess.Popen]:
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    return [sys.executable, table1.__file__, "--runs-dir", str(folder / "runs"), "--out", str(folder / "out"),
+            "--dataset-path", str(data), "--devices", "cpu", "--seeds", "2", *TINY, "--tasks", tiny.ENV_ID, *words]
 
 
 @pytest.fixture(scope="module")
@@ -185,91 +158,49 @@ def undisturbed(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     The command was also given walker2d, which the data do not fit.
     """
     folder = tmp_path_factory.mktemp("undisturbed")
-    words = command(folder, tiny.write_data(folder / "hopper.hdf5", 300), "walker2d-medium-v2", "--devices", "cpu")
+    words = command(folder, tiny.write_data(folder / "hopper.hdf5", 300), "walker2d-medium-v2")
     return folder, subprocess.run(words, capture_output=True, text=True)
 
 
-def only_folder(folder: Path, seed: int) -> Path:
-    (found,) = (folder / "runs").glob(f"hopper-medium-v2__dql__{seed}__*")
-    return found
+def run_of(folder: Path, seed: int) -> Path:
+    """The folder of that seed's run, which may not be there yet."""
+    return next((folder / "runs").glob(f"hopper-medium-v2__dql__{seed}__*"), folder / "none")
 
 
-def assert_same(folder: Path, other: Path, seed: int) -> None:
-    """Asserts that a seed has the same metrics, times aside, and the same scores in both folders."""
-    rows, summaries = [], []
-    for path in (only_folder(folder, seed), only_folder(other, seed)):
-        with (path / "metrics.csv").open() as file:
-            rows.append([{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)])
-        summary = json.loads((path / "summary.json").read_text())
-        summaries.append({key: summary[key] for key in ("env_id", "seed", "num_updates", *table1.SCORES)})
-    assert len(rows[0]) == 12 and rows[0] == rows[1] and summaries[0] == summaries[1]  # steps 4, 8, 10, ... 40
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 300) -> object:
-    end = time.monotonic() + seconds
-    while not (found := condition()):
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 300
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
-    return found
 
 
-def in_mid_run(folder: Path, seed: int) -> bool:
-    """Whether that seed's run has a checkpoint and no summary."""
-    checkpoints = (folder / "runs").glob(f"hopper-medium-v2__dql__{seed}__*/checkpoint.pt")
-    return any(not path.with_name("summary.json").exists() for path in checkpoints)
-
-
-def trainers(folder: Path) -> list[tuple[int, int, str]]:
-    """(process id, parent's id, command line) of each running dql.py that was given a path in the folder."""
-    lines = subprocess.run(["ps", "-eo", "pid,ppid,args", "-ww"], capture_output=True, text=True).stdout.splitlines()
-    found = [line.split(maxsplit=2) for line in lines if "dql.py" in line and str(folder) in line]
-    return [(int(pid), int(parent), words) for pid, parent, words in found]
-
-
-def starts(folder: Path, seed: int) -> list[str]:
-    """The updates at which that seed's run was started and resumed, by its log."""
-    log = (folder / "runs" / "logs" / f"hopper-medium-v2__{seed}.log").read_text()
-    return re.findall(r"updates (\d+) to 40", log)
+def no_trainer(folder: Path) -> bool:
+    """Whether no dql.py is running that was given a path in the folder."""
+    lines = subprocess.run(["ps", "-eo", "args", "-ww"], capture_output=True, text=True).stdout.splitlines()
+    return not any("dql.py" in line and str(folder) in line for line in lines)
 
 
 @linux
 def test_killed_and_started_again(undisturbed, tmp_path):
     """Asked to stop in mid-run, then killed in mid-run: no process is left, and the results equal undisturbed ones."""
     folder, _ = undisturbed
-    words = command(tmp_path, folder / "hopper.hdf5", "--devices", "cpu", "--jobs-per-device", "1")
+    words = command(tmp_path, folder / "hopper.hdf5")
     for seed, signum, code in ((0, signal.SIGTERM, 128 + signal.SIGTERM), (1, signal.SIGKILL, -signal.SIGKILL)):
-        with started(words) as process:
-            wait_until(lambda seed=seed: in_mid_run(tmp_path, seed))
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        try:
+            wait_until(lambda seed=seed: (run_of(tmp_path, seed) / "checkpoint.pt").exists())
+        finally:
             process.send_signal(signum)
-            assert process.wait() == code
-        wait_until(lambda: not trainers(tmp_path))
-    written = only_folder(tmp_path, 0).joinpath("summary.json").stat().st_mtime_ns
-    with started(words) as process:
-        assert "1 job(s) to do" in process.communicate()[0] and process.returncode == 0
-    assert only_folder(tmp_path, 0).joinpath("summary.json").stat().st_mtime_ns == written
+        assert process.communicate()[1] == "table1.py: stopped; the same command goes on\n" * (seed == 0)
+        assert process.returncode == code
+        wait_until(lambda: no_trainer(tmp_path))
+        assert not (run_of(tmp_path, seed) / "summary.json").exists()  # it was in mid-run
+    assert "1 job(s) to do" in subprocess.run(words, capture_output=True, text=True, check=True).stdout
     for seed in (0, 1):
-        assert len(starts(tmp_path, seed)) == 2 and int(starts(tmp_path, seed)[1]) >= 10
-        assert_same(tmp_path, folder, seed)
-
-
-@linux
-def test_ray_goes_on_where_a_worker_was_killed(undisturbed, tmp_path, monkeypatch):
-    ray, (folder, _) = pytest.importorskip("ray"), undisturbed
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # else a busy machine leaves its workers no time
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        address = ray.get_runtime_context().gcs_address
-        with started(command(tmp_path, folder / "hopper.hdf5", "--ray", address, "--devices", "cpu")) as process:
-            wait_until(lambda: in_mid_run(tmp_path, 1))
-            (worker,) = {parent for _, parent, words in trainers(tmp_path) if "--seed 1 " in words}
-            os.kill(worker, signal.SIGKILL)
-            out, err = process.communicate()
-    finally:
-        ray.shutdown()
-    assert process.returncode == 0 and "| hopper-medium-v2 | 2 | 40 |" in out, err
-    assert len(starts(tmp_path, 0)) == 1 and len(starts(tmp_path, 1)) == 2 and int(starts(tmp_path, 1)[1]) >= 10
-    for seed in (0, 1):
-        assert_same(tmp_path, folder, seed)
+        log = (tmp_path / "runs" / "logs" / f"hopper-medium-v2__{seed}.log").read_text()
+        first, again = re.findall(r"updates (\d+) to 40", log)  # where the run was started and resumed
+        assert int(first) == 0 and int(again) >= 10
+    assert len({(path / "out" / "table1.json").read_text() for path in (folder, tmp_path)}) == 1
 
 
 def test_a_failing_job_takes_no_other_with_it(undisturbed):
@@ -280,17 +211,10 @@ def test_a_failing_job_takes_no_other_with_it(undisturbed):
     assert done.stderr.count("\n") == 2 and "walker2d data?" in log.read_text()
 
 
-def test_quick_keeps_to_a_folder_of_its_own():
-    assert table1.parse(["--quick"])[0].out == Path("runs/table1-quick")
-    assert table1.parse(["--quick", "--out", "x"])[0].out == Path("x")
-
-
 def test_quick_then_nothing_to_do(tmp_path):
-    words = [sys.executable, str(SCRIPT), "--quick", "--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path),
+    words = [sys.executable, table1.__file__, "--quick", "--runs-dir", str(tmp_path / "runs"), "--out", str(tmp_path),
              "--devices", "cpu"]  # fmt: skip
     first = subprocess.run(words, capture_output=True, text=True)
     assert first.returncode == 0 and "2 job(s) to do" in first.stdout
     assert "| halfcheetah-demo-v0 | 2 | 24 |" in first.stdout
-    for name in ("table1.md", "table1.csv", "runs.csv"):
-        assert (tmp_path / name).stat().st_size > 0
     assert "0 job(s) to do" in subprocess.run(words, capture_output=True, text=True).stdout
