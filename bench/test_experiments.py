@@ -177,7 +177,7 @@ def test_a_run_that_diverges_leaves_the_others_alone(ablation, tmp_path, monkeyp
     (["--etas", "-1"], "--eta is -1.0"),
     (["--num-seeds", "0"], "--num-seeds is 0"),
     (["--num-updates", "30"], "holds an ablation with num_updates 10"),
-    (["--env-id", "nothing-v0"], "nothing-v0"),
+    (["--env-id", "nothing-v0"], "holds an ablation with env_id hopper-medium-v2"),
     (["--out", "{file}"], "File exists"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(ablation, flags, said, monkeypatch, capsys):
