@@ -5,15 +5,16 @@ the CPU longer to launch than the GPU to run. A CUDA graph records the launches 
 losses, gradients, clipping, both Adams, targets and average) and replays them in one call, without any input, and
 without any output that the host waits for: losses add up on the device and are read once per log line. torch.compile,
 inside, fuses kernels; the graph, outside, removes the cost of launching; replicas fill what one agent leaves idle.
-What it costs: seconds of capture (minutes with torch.compile), memory for the graph's buffers, and fixed shapes:
-another batch size needs another graph. Whatever changes from update to update (learning rates, the coin, whether the
-average moves, the step count) must be a device tensor; random numbers come from generators registered with the graph.
+What it costs: seconds of capture (34 s with torch.compile on an H200), memory for the graph's buffers, and fixed
+shapes: another batch size needs another graph. Whatever changes from update to update (learning rates, the coin,
+whether the average moves, the step count) must be a device tensor; random numbers come from generators registered
+with the graph.
 
-Three paths remain. Eager is the reference. Compiled, and on a GPU captured, runs wherever torch.compile does;
-`choose_path` takes it where it pays, by device and length of run. Fused and captured (--fused) makes an update of 68
-launches by fused.py; it is to be the default on a GPU once one has run it. No loss and no network is defined here:
-`replicate` maps those of dql.py over a leading axis of replicas, and the graphs record `train_step` and `act_fresh`.
-The tests hold every path equal to the eager one.
+`choose_path` decides by device and length of run. Eager is the reference and serves short runs. Longer ones are
+compiled on a CPU; on a GPU they are captured and, longer still, compiled too. --fused, on a GPU, takes the 68
+launches of fused.py for an update; no GPU has run it yet, so it is not the default. No loss and no network is defined
+here: `replicate` maps those of dql.py over a leading axis of replicas, and the graphs record `train_step` and
+`act_fresh`. The tests hold every path equal to the eager one.
 """
 
 from __future__ import annotations
@@ -58,13 +59,15 @@ def choose_path(args: Args, device: torch.device) -> Args:
     on_gpu = device.type == "cuda"
     if args.cudagraphs and not on_gpu:
         raise BadInput("--cudagraphs (given, or the resumed run's) needs --device cuda and a GPU")
-    if args.fused and not (on_gpu and importlib.util.find_spec("triton")):
-        raise BadInput("--fused (given, or the resumed run's) needs --device cuda, a GPU, and the package triton")
-    if args.fused and args.hidden_dim % 64:
-        raise BadInput(f"--fused needs a --hidden-dim that is a multiple of 64, not {args.hidden_dim}")
     lacks = lacks_to_compile(on_gpu)
     if args.compile and lacks:
         raise BadInput(f"--compile needs {lacks}: install it, or give --no-compile")
+    if args.fused and (lacks or not on_gpu):
+        raise BadInput(f"--fused (given, or the resumed run's) needs {lacks if on_gpu else '--device cuda and a GPU'}")
+    if args.fused and (args.compile or args.hidden_dim % 64 or args.num_steps > 32):
+        raise BadInput("--fused goes with --num-steps up to 32 and a --hidden-dim of 64, 128 ..., not with --compile")
+    if args.tf32 and not args.fused:
+        raise BadInput("--tf32 is for --fused alone")
     # on an H200 compiling takes 34 s and then saves 1.6 ms of an update's 2.9
     long = args.num_updates >= 20_000 if on_gpu else args.num_updates * args.num_seeds >= 5_000
     return replace(
@@ -102,9 +105,10 @@ def make_steps(
     once, without a trace, before it is returned: with fall_back the steps are eager where compiling fails.
     Raises BadInput if it fails otherwise, or for lack of memory.
     """
-    if agents[0].device.type == "cpu":
+    on_cpu = agents[0].device.type == "cpu"
+    if on_cpu:
         keep_freed_memory()
-    elif len(agents) > 1 or args.fused:
+    if args.fused or (len(agents) > 1 and not on_cpu):
         agents, generators, eval_generators = [replicate(agents)], [generators], [eval_generators]
     check_memory(args, agents[0])
     if args.fused:
@@ -137,6 +141,11 @@ def check_memory(args: Args, agent: DiffusionQL) -> None:
     machine.check_memory("--batch-size", args.batch_size, at_once * chain * sum(layers), agent.device)
     states = at_once * min(args.eval_episodes, SIDE_BY_SIDE)
     machine.check_memory("--eval-candidates", args.eval_candidates, states * 2 * max(layers), agent.device)
+
+
+def is_compiled(agent: DiffusionQL) -> bool:
+    """Whether an agent's steps are compiled: they are not where `make_steps` fell back."""
+    return hasattr(agent.act, "_torchdynamo_orig_callable")
 
 
 def captured_steps(args, agents, dataset, generators, eval_generators) -> tuple[Callable, Callable]:

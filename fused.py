@@ -343,6 +343,7 @@ class FusedDiffusionQL:
         self.losses, self.index = new(K, 7), integers(K, B)
         self.key, self.act_key, self.act_count = integers(K), integers(K), integers(())
         self.seeds = self.act_seeds = None
+        self.actors = {}  # by numbers of states and candidates
         sizes = [x[0].numel() for x in (drawn.bc_noise, drawn.policy_noise, drawn.next_noise)]
         self.normals = sum(sizes if self.has_critics else sizes[:1])
         self.normal = new(K, sum(sizes))
@@ -463,9 +464,13 @@ class FusedDiffusionQL:
                COUNTERS=256)  # fmt: skip
         return self.act(states, own)
 
-    @functools.cache  # noqa: B019 (buffers live as long as the agent, for a captured graph uses them)
     def actor(self, E: int, C: int) -> SimpleNamespace:
-        """The buffers of acting in E states with C candidates."""
+        """The buffers of acting in E states with C candidates, which live as long as the agent: graphs use them."""
+        if (E, C) not in self.actors:
+            self.actors[E, C] = self.new_actor(E, C)
+        return self.actors[E, C]
+
+    def new_actor(self, E: int, C: int) -> SimpleNamespace:
         K, A, new = self.K, self.action_dim, self.table.new_zeros
         rows = Rows(self.policy, 1, 0, E * C, C, K * self.args.eval_average)
         return SimpleNamespace(

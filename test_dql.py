@@ -836,11 +836,13 @@ def test_paths_are_chosen_by_device_and_length(monkeypatch):
     assert chosen(gpu, num_updates=100) == eager and chosen(gpu, num_updates=19_999) == captured
     assert chosen(gpu, num_updates=20_000) == both
     assert chosen(gpu, num_updates=20_000, compile=False, cudagraphs=False) == eager
-    monkeypatch.setattr(fast_sampler.importlib.util, "find_spec", lambda name: True)
     assert chosen(gpu, num_updates=20_000, fused=True) == captured
-    for flag in ("cudagraphs", "fused"):
+    for flag in ("cudagraphs", "fused", "tf32"):
         with pytest.raises(BadInput, match=f"--{flag}"):
             chosen(cpu, **{flag: True})
+    for wrong in ({"compile": True}, {"num_steps": 33}, {"hidden_dim": 100}):
+        with pytest.raises(BadInput, match="--fused goes with"):
+            chosen(gpu, fused=True, **wrong)
     monkeypatch.undo()
     monkeypatch.setattr(fast_sampler.shutil, "which", lambda name: None)
     assert chosen(cpu, num_updates=10**6) == eager

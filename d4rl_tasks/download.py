@@ -62,7 +62,7 @@ def _fetch(urls: list[str], path: Path, sha256: str, check: Callable[[Path], obj
                 return None
             except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
                 reasons[url] = reason(error).rsplit("Caused by ", 1)[-1][:300]  # requests tells much else
-                if isinstance(error, requests.ConnectionError):  # not reached, or it hangs
+                if isinstance(error, (requests.ConnectionError, requests.Timeout)):  # not reached, or it hangs
                     urls.remove(url)
             finally:
                 part.unlink(missing_ok=True)

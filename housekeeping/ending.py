@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,6 +61,7 @@ def begin(program: str) -> None:
     with suppress(OSError):
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # after 2>&- a data file would get stderr's number
             os.set_inheritable(number, True)
+        os.close(number)
     codecs.register_error("in_ascii", in_ascii)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or Path(os.devnull).open("w")  # noqa: SIM115
@@ -86,7 +88,7 @@ def run_main(program: str, main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         line, code = "interrupted; --resume continues a run that had started", 130
     except ModuleNotFoundError as error:
-        package = error.name.split(".")[0]
+        package = (error.name or str(error)).split(".")[0]
         line, code = f"{package} is not installed: pip install {package}", 2
     except Exception as error:
         line, code = str(error), getattr(error, "exit_code", 2)
@@ -107,12 +109,17 @@ def out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def held_signals() -> Iterator[Callable[[], None]]:
-    """Holds signals back; yields a function that raises Stopped once one has arrived. A second has its usual effect."""
+    """Holds signals back; yields a function that raises Stopped once one has arrived.
+
+    Another that comes more than a second later has its usual effect: a closing terminal sends SIGHUP twice at once.
+    """
     arrived, before = [], {}
 
     def note(signum: int, _: object) -> None:
-        arrived.append(signum)
-        release()
+        arrived.append((signum, time.monotonic()))
+        if arrived[-1][1] - arrived[0][1] > 1:
+            release()
+            signal.raise_signal(signum)
 
     def release() -> None:
         for signum, handler in before.items():
@@ -120,7 +127,7 @@ def held_signals() -> Iterator[Callable[[], None]]:
 
     def check() -> None:
         if arrived:
-            raise Stopped(arrived[0])
+            raise Stopped(arrived[0][0])
 
     if threading.current_thread() is threading.main_thread():  # no other thread can handle signals
         for signum in SIGNALS:

@@ -45,6 +45,11 @@ class Run:
         self.folder = args.resume or start_folder(args)
         self.seeds = seed_runs(args, self.folder)  # each seed's folder and arguments
 
+    def use(self, args: Args) -> None:
+        """Goes on with other arguments, and notes them in args.json."""
+        self.args, self.seeds = args, seed_runs(args, self.folder)
+        write_args(args, self.folder)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """No other process writes the folder. If the block fails before the first update, a new folder is removed."""
@@ -66,7 +71,7 @@ class Run:
 
         if self.args.track:
             self.track()
-        self.curves, self.writers = report.curves_work(self.args), []
+        self.curves, self.writers, self.told = report.curves_work(self.args), [], time.time()
         self.bar = tqdm(total=self.args.num_updates, initial=self.step, mininterval=0.5 if sys.stderr.isatty() else 60)
         try:
             if self.args.resume:  # files may have been lost, and arguments changed
@@ -76,11 +81,12 @@ class Run:
             # events of an interrupted run after its last checkpoint are hidden: they come again
             self.writers = [SummaryWriter(path, purge_step=self.step + 1) for path, _ in self.seeds]
             with self.bar, held_signals() as self.check_signals:
-                yield
-        except Stopped as stopped:
-            save()
-            where = f"stopped at update {self.step:,} of {self.args.num_updates:,}"
-            raise Stopped(stopped.signum, f"{where}; to go on: python dql.py --resume {self.folder}") from None
+                try:
+                    yield
+                except Stopped as stopped:
+                    save()
+                    where = f"stopped at update {self.step:,} of {self.args.num_updates:,}"
+                    raise Stopped(stopped.signum, f"{where}; to go on: python dql.py --resume {self.folder}") from None
         except OSError as error:  # of TensorBoard, on a full disk say
             raise BadInput(f"cannot write in {self.folder}: {error.strerror or error}") from None
         finally:
@@ -127,8 +133,9 @@ class Run:
     def while_evaluating(self, ended: int) -> None:
         """Called after each time step of an evaluation, with the number of episodes that have ended. Raises Stopped."""
         self.check_signals()
-        if time.time() - self.bar.last_print_t > self.bar.mininterval:
-            self.bar.set_postfix_str(f"evaluating: {ended} of {self.args.num_seeds * self.args.eval_episodes} episodes")
+        if time.time() - self.told > self.bar.mininterval:
+            self.told = time.time()
+            self.bar.set_postfix_str(f"evaluating: {ended} episodes have ended")
 
     # --- rows
 

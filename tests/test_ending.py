@@ -124,9 +124,9 @@ def test_a_signal_in_training_leaves_a_checkpoint(signum, closed, tmp_path):
 
 
 def test_ignored_signals_stay_ignored_and_a_second_one_ends_at_once():
-    """nohup ignores SIGHUP."""
+    """nohup ignores SIGHUP. A signal that is sent twice at once, as by a closing terminal, is one."""
     script = """if True:
-        import os, signal
+        import os, signal, time
         from housekeeping import ending
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         ending.begin("x.py")
@@ -134,7 +134,9 @@ def test_ignored_signals_stay_ignored_and_a_second_one_ends_at_once():
             os.kill(os.getpid(), signal.SIGHUP)
             check()
             os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
             print("held", flush=True)
+            time.sleep(1.1)
             os.kill(os.getpid(), signal.SIGINT)
         print("never")
     """
@@ -280,6 +282,7 @@ def test_where_compiling_fails_a_run_is_eager(run_left_alone, broken_compiler, m
     lines = told(capsys.readouterr().err)
     assert len(lines) == 1 and lines[0].startswith("warning: compiling fails here (InvalidCxxCompiler: No working")
     assert_same_end(whole, folder)
+    assert dql.read_args(folder).compile is False, "where the compiler works again, a resumed run is eager too"
     before = set(args.runs_dir.iterdir())
     monkeypatch.setattr(fast_sampler, "lacks_to_compile", lambda on_gpu: "")
     bad_input(lambda: dql.train(dql.replace(args, compile=True)), "--compile fails here", "give --no-compile")
