@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 import dql
 from dql import Args, Batch, DiffusionQL, Draws
-from fast_sampler import FastSampler, FastUpdate, replicate, unstack
+from fast_sampler import FastSampler, FastUpdate, make_steps, replicate, unstack
+from fast_sampler import states_of as states_of_seeds
 
 pytest.importorskip("triton")
 from fused import FusedDiffusionQL
@@ -344,6 +345,30 @@ def test_a_replica_of_many_is_that_agent_alone_and_resumes():
         if step >= 2:
             assert torch.equal(resumed.train_step(dataset, generators(3)), losses)
     assert worst(states_of(alone), [x[1:2] if x.dim() else x for x in states_of(many)]) < 1e-12
+
+
+@on_cpu
+def test_a_run_takes_the_kernels():
+    """make_steps with --fused: trying leaves no trace, states fit the eager agent, a seed begins new noise."""
+    tiny = {"batch_size": 8, "num_steps": 2, "hidden_dim": 16, "eval_episodes": 2, "eval_candidates": 3}
+    args = dql.with_settings(Args(device="cpu", fused=True, cudagraphs=True, compile=False, **tiny))
+    eager, acting = DiffusionQL(5, 2, args), generators(1)
+    before = copy.deepcopy(eager.state_dict())
+    agents, updates, act = make_steps(args, [eager], data(40, 5, 2), generators(1), acting)
+    (state,) = states_of_seeds(agents, 1)
+    leaves = zip(tree_leaves(before), tree_leaves(state), strict=True)
+    assert all(torch.equal(a, b) for a, b in leaves if isinstance(a, torch.Tensor))
+    assert updates(3).shape == (1, 7)
+    (state,) = states_of_seeds(agents, 1)
+    eager.load_state_dict(state)
+    assert eager.step == 3 and not torch.equal(before["critic"]["q1.0.weight"], eager.critic.q1[0].weight)
+    states, found = torch.randn(2, 5), []
+    for seed in (5, None, 6, 5):
+        if seed is not None:
+            acting[0].manual_seed(seed)
+        found.append(act(states))
+    assert torch.equal(found[0], found[3]) and not torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 # ----------------------------------------------------------------------------- launches, compiling
