@@ -72,7 +72,7 @@ class FasterProducts(CustomGraphPass):
         to_onednn = instructions() == "AMD AVX512" and torch.backends.mkldnn.is_available()
         for node in graph.nodes:
             if node.target is torch.ops.aten.mm.default:
-                x, w, bias = *node.args, None
+                (x, w), bias = node.args, None
             elif node.target is torch.ops.aten.addmm.default and not node.kwargs:
                 bias, x, w = node.args
             else:

@@ -536,6 +536,8 @@ def test_episode_k_is_reset_with_seed_plus_100_plus_k(tmp_path, monkeypatch):
         assert np.shape(rounds) == (2 * shape[0], *shape[1:])
         for seed, of_seed in ((7, np.array(rounds)[: shape[0], 0]), (8, np.array(rounds)[shape[0] :, 1])):
             assert of_seed.ravel().tolist() == [seed + 100 + k for k in range(episodes)]
+    noise = {dql.eval_noise_seed(seed, step) for seed in range(5) for step in range(0, 10**6, 10**5)}
+    assert len(noise) == 50, "each seed and each evaluation has noise of its own"
 
 
 # ----------------------------------------------------------------------------- replicas and agents in turn

@@ -125,21 +125,9 @@ def test_same_seed_same_metrics_and_other_seed_other(tmp_path):
     assert_same(read_torch(folders[0])["agents"], read_torch(folders[1])["agents"])
 
 
-def test_episode_k_is_reset_with_seed_plus_100_plus_k(tmp_path, monkeypatch):
-    seeds, evaluate = [], dql.evaluate
-
-    def watched(act, envs, env_seeds, *rest):
-        seeds.append(env_seeds.tolist())
-        return evaluate(act, envs, env_seeds, *rest)
-
-    monkeypatch.setattr(dql, "evaluate", watched)
-    dql.train(tiny_args(tmp_path, seed=7, num_seeds=2, num_updates=24))
-    assert seeds == 2 * [[[107, 108, 109], [108, 109, 110]]]
-
-
 def test_episodes_beyond_those_side_by_side_come_in_rounds(tmp_path, monkeypatch):
     """200 episodes: 100 environments, twice, each episode with its own seed, all of them in the score."""
-    seeds, evaluate = [], dql.evaluate
+    seeds = []
 
     def scores(act, envs, env_seeds, *rest):
         assert len(envs) == 100
@@ -150,7 +138,6 @@ def test_episodes_beyond_those_side_by_side_come_in_rounds(tmp_path, monkeypatch
     monkeypatch.setattr(dql, "normalized_score", lambda env_id, returns: returns)
     summary = dql.train(tiny_args(tmp_path, num_updates=2, eval_episodes=200))
     assert seeds == list(range(100, 300)) and summary["last"]["score"] == 199.5
-    assert evaluate is not scores
 
 
 @pytest.mark.parametrize("path", ["in turn", "mapped"])
