@@ -62,7 +62,7 @@ import d4rl_tasks
 import fast_sampler
 from d4rl_tasks import BadInput, find_task, load_dataset, make_envs, normalized_score, rendering_env, step_each
 from housekeeping import arguments, checkpoint, evaluating, machine, report
-from housekeeping.acting import as_policy, film
+from housekeeping.acting import Exported, as_policy, export, film
 from housekeeping.ending import run_main
 from housekeeping.run import Run
 
@@ -101,11 +101,17 @@ class Args:
     tf32: bool = False
     """with --fused: products in TF32, with relative errors of about 2e-3 instead of 5e-7"""
     runs_dir: Path = Path("runs")
-    """where the run's folder ENV__dql__SEED__TIME goes"""
+    """where the run's folder goes"""
+    run_name: str | None = None
+    """that folder's name; otherwise ENV__dql__SEED__TIME, with bc for cloning and the name of a --dataset-path"""
     resume: Path | None = None
     """folder of a run to continue exactly, from its last checkpoint; a larger --num-updates extends it"""
     track: bool = False
     """log to Weights & Biases too (pip install wandb)"""
+    wandb_project: str = "dql"
+    """its project there"""
+    wandb_group: str | None = None
+    """its group there"""
     capture_video: bool = False
     """write a video of one episode after training"""
 
@@ -123,7 +129,7 @@ class Args:
     grad_norm: float | None = None
     """largest norm of each network's gradient; 0 does not clip"""
     learning_rate: float | None = None
-    """the policy's learning rate (the critics' is 3e-4)"""
+    """the policy's learning rate, also --lr (the critics' is 3e-4)"""
     lr_decay: bool = False
     """cosine decay of both learning rates to 0 over the run"""
     max_q_backup: bool | None = None
@@ -288,14 +294,14 @@ class DiffusionPolicy(nn.Module):
 
     def predict_noise(self, action: Tensor, time: Tensor, state: Tensor) -> Tensor:
         """eps(a^i, i, s) = MLP([a^i, t_i, s]), (B, A): action (B, A), time (B or 1, 16), state (B, S)."""
-        return self.output(self.trunk(torch.cat([action, time.expand(len(action), -1), state], -1)))
+        return self.output(self.trunk(torch.cat([action, time.expand(action.shape[0], -1), state], -1)))
 
     def sample(self, state: Tensor, noise: Tensor) -> Tensor:
         """Differentiable actions (C B, A) in [-max_action, max_action]: C adjacent rows for each of the states (B, S).
 
         noise (N + 1, C B, A): noise[0] is a^N, noise[1..N] drive the steps i = N..1; the last is not used.
         """
-        state = state.repeat_interleave(noise.shape[1] // max(len(state), 1), 0)  # there may be no states at all
+        state = state.repeat_interleave(noise.shape[1] // max(state.shape[0], 1), 0)  # there may be no states at all
         action, times = noise[0], self.time_mlp(self.sinusoid.to(noise.dtype))  # t_i of all N steps, (N, 16)
         for step_noise, i in zip(noise[1:], reversed(range(len(self.reverse))), strict=True):
             r, m, c0, ci, sigma = self.reverse[i]  # the paper's step i + 1
@@ -636,7 +642,9 @@ def train(args: Args, data: dict[str, np.ndarray] | None = None, make_env: Calla
     seeds = range(args.seed, args.seed + args.num_seeds)
 
     task = find_task(args.env_id, args.env_backend, args.score_range, make_env)
-    data = load_dataset(task, args.dataset_path if data is None else data)
+    source = args.dataset_path if data is None else data
+    data, paper = load_dataset(task, source), SETTINGS.get(args.env_id, OTHERS).paper
+    paper = paper if paper and d4rl_tasks.is_published(task, source) else None
     dataset = make_batch(data, args.reward, device)
     env_seeds = np.add.outer(seeds, 100 + np.arange(args.eval_episodes))
     rounds = np.split(env_seeds, math.ceil(args.eval_episodes / arguments.SIDE_BY_SIDE), axis=1)  # of 100 at most
@@ -646,7 +654,7 @@ def train(args: Args, data: dict[str, np.ndarray] | None = None, make_env: Calla
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     eval_generators = [torch.Generator(device) for _ in seeds]
 
-    run = Run(args, device, data, LOSSES, SETTINGS.get(args.env_id, OTHERS).paper)
+    run = Run(args, device, data, LOSSES, paper, report.q_range(dataset.reward, args))
     with run.locked():
         run.restore(agents, generators)
         print(f"{run.folder}: {len(dataset.state):,} transitions, updates {run.step:,} to {args.num_updates:,} "
@@ -658,7 +666,6 @@ def train(args: Args, data: dict[str, np.ndarray] | None = None, make_env: Calla
         if args.compile and not fast_sampler.is_compiled(agents[0]):  # compiling failed: a resumed run is eager too
             args = replace(args, compile=False)
             run.use(args)
-        warn = report.q_alarm(dataset.reward, args)
 
         def save() -> None:  # checkpoint.pt; also called when a signal stops the run
             run.save(fast_sampler.states_of(agents, len(seeds)), generators)
@@ -669,7 +676,6 @@ def train(args: Args, data: dict[str, np.ndarray] | None = None, make_env: Calla
                 evaluation_due = run.step % args.eval_every == 0 or run.step == args.num_updates
                 if run.step == run.next_row:  # every --log-every updates, and whenever an evaluation is due
                     rows = run.end_row()  # the mean losses since the last row, for each seed
-                    warn(rows)
                     if evaluation_due:
                         for seed, generator in zip(seeds, eval_generators, strict=True):
                             generator.manual_seed(eval_noise_seed(seed, run.step))
@@ -681,7 +687,8 @@ def train(args: Args, data: dict[str, np.ndarray] | None = None, make_env: Calla
                 run.check_signals()
         summary = run.summarize()
         if video_env:
-            film(load_policy(run.seeds[0][0], args.seed, args.device), video_env, args.seed + 100, run.folder)
+            policy = load_policy(run.seeds[0][0], args.seed, args.device)
+            film(policy, video_env, args.seed + 100, run.folder / "video.mp4")
     return summary
 
 
@@ -715,6 +722,24 @@ def load_policy(run: str | Path, seed: int = 0, device: str = "auto", which: str
     generator = torch.Generator(agent.device).manual_seed(seed)
     act = partial(agent.act_fresh, generator=generator)
     return as_policy(act, agent.state_dim, agent.action_dim, agent.device, kept.get("action_bounds"))
+
+
+def export_policy(run: str | Path, path: str | Path, which: str = "last", **acting) -> None:
+    """Writes a run's policy as a torch.export program: actions (E, A) for states (E, S), in the environment's bounds.
+
+    torch.export.load(path).module()(states, noise, gumbel) acts as `load_policy` says, in any program. Its random
+    numbers are inputs: normal noise (N + 1, E, C, A), and Gumbel's (E, C), of which the C candidates are drawn.
+    Raises BadInput.
+    """
+    agent, kept = load_agent(Path(run), "cpu", which, **acting)
+    noise, gumbel = agent.draw_act(2, torch.Generator())
+    example = torch.zeros(2, agent.state_dim), noise.view(len(noise), *gumbel.shape, -1), gumbel
+
+    def act(states: Tensor, noise: Tensor, gumbel: Tensor) -> Tensor:
+        return agent.act(states, ActDraws(noise.flatten(1, 2), gumbel))
+
+    networks = [agent.policy, agent.policy_ema, agent.critic_target]
+    export(Exported(act, networks, kept.get("action_bounds")), example, Path(path))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ Importing this package needs numpy alone; gymnasium, mujoco, h5py, pooch and the
 """
 
 from d4rl_tasks.environments import make_env, make_envs, rendering_env, step_each
-from d4rl_tasks.files import load_dataset
+from d4rl_tasks.files import is_published, load_dataset
 from d4rl_tasks.other_tasks import find_task
 from d4rl_tasks.tasks import (
     TASKS,
@@ -22,6 +22,6 @@ from d4rl_tasks.tasks import (
 )  # fmt: skip
 
 __all__ = [
-    "TASKS", "BadInput", "Task", "find_task", "load_dataset", "make_env", "make_envs", "normalized_score", "reason",
-    "reference_gamma", "rendering_env", "score_name", "step_each", "task_of", "to_bounds",
+    "TASKS", "BadInput", "Task", "find_task", "is_published", "load_dataset", "make_env", "make_envs",
+    "normalized_score", "reason", "reference_gamma", "rendering_env", "score_name", "step_each", "task_of", "to_bounds",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,34 @@ def load_dataset(env_id: str | Task, path: str | os.PathLike | None = None, back
         raise BadInput(f"the data of {name} do not fit into memory: free some, or give a smaller file") from None
 
 
-def _data_file(task: Task) -> Path:
-    """The path of the task's data file, which is downloaded if it is not there."""
+def _own_path(task: Task) -> Path:
+    """Where the task's data file lies, or will once it is downloaded."""
     if not task.url:
         return DEMO_FILE
     folder = os.environ.get("D4RL_DATASET_DIR") or os.path.join("~", ".d4rl", "datasets")
-    path = Path(os.path.expanduser(folder)) / task.url.rsplit("/", 1)[1]
+    return Path(os.path.expanduser(folder)) / task.url.rsplit("/", 1)[1]
+
+
+def _data_file(task: Task) -> Path:
+    """The path of the task's data file, which is downloaded if it is not there."""
+    path = _own_path(task)
     if not os.path.exists(path):
         package("h5py")  # nothing is downloaded that could not be read
         download(task.url, path, task.sha256, lambda file: read_hdf5(file, task))
     return path
+
+
+def is_published(task: Task, source: Any) -> bool:
+    """Whether source, as given to `load_dataset`, is the data that the paper's score of a task of D4RL is of.
+
+    That is the task's own file, known by where it lies or by its sha256.
+    """
+    if source is None or isinstance(source, Mapping):
+        return source is None
+    path = Path(os.path.expanduser(source))
+    if path.resolve() == _own_path(task).resolve():
+        return True
+    return bool(task.sha256) and path.is_file() and package("pooch").file_hash(str(path)) == task.sha256
 
 
 @contextlib.contextmanager

@@ -5,9 +5,10 @@
     folder.py       files written whole, and the lock on a run's folder
     machine.py      devices, memory, versions
     checkpoint.py   how far a run has come, read back and checked
-    report.py       metrics.csv, curve.png, which scores are reported
+    report.py       which scores are reported, and the text that ends a run
+    curves.py       metrics.csv, curve.png
     command.py      the command dql
     run.py          a run while it trains: all of these together
-    acting.py       a trained policy as a function, and a film of it
+    acting.py       a trained policy as a function, as a film, and as a file for other programs
     evaluating.py   --evaluate: a run's policies evaluated anew
 """

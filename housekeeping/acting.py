@@ -1,10 +1,11 @@
-"""A trained policy as a function for users, and a film of it."""
+"""A trained policy as a function for users, a film of it, and a file of it for other programs."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d4rl_tasks import to_bounds
 from housekeeping.folder import write_whole
@@ -31,8 +32,8 @@ def as_policy(act: Callable, state_dim: int, action_dim: int, device: torch.devi
     return policy
 
 
-def film(policy: Callable, env, seed: int, folder: Path) -> None:
-    """Writes video.mp4, of one episode, into a run's folder. Raises BadInput if it cannot be written."""
+def film(policy: Callable, env, seed: int, path: Path) -> None:
+    """Writes a video of one episode. Raises BadInput if it cannot be written."""
     from moviepy.video.io.ImageSequenceClip import ImageSequenceClip
 
     (state, _), ended = env.reset(seed=seed), False
@@ -42,4 +43,25 @@ def film(policy: Callable, env, seed: int, folder: Path) -> None:
         frames.append(env.render())
         ended = terminated or truncated
     clip = ImageSequenceClip(frames, fps=env.metadata.get("render_fps", 30))
-    write_whole(folder / "video.mp4", lambda beside: clip.write_videofile(str(beside), logger=None))
+    write_whole(path, lambda beside: clip.write_videofile(str(beside), logger=None))
+
+
+class Exported(nn.Module):
+    """act (states, noise, gumbel) -> actions, with the networks that it uses and the environment's bounds (2, A)."""
+
+    def __init__(self, act: Callable, networks: list[nn.Module], bounds: Tensor | None):
+        super().__init__()
+        self.act, self.networks = act, nn.ModuleList(networks)
+        self.register_buffer("bounds", None if bounds is None else bounds.to(torch.get_default_dtype()))
+
+    def forward(self, states: Tensor, noise: Tensor, gumbel: Tensor) -> Tensor:
+        actions = self.act(states, noise, gumbel)
+        return actions if self.bounds is None else to_bounds(actions, *self.bounds)
+
+
+def export(policy: Exported, example: tuple[Tensor, ...], path: Path) -> None:
+    """Writes a policy as a torch.export program, for any number of states. Raises BadInput if it cannot be written."""
+    states, buffer = torch.export.Dim("states", min=1), io.BytesIO()
+    program = torch.export.export(policy, example, dynamic_shapes=({0: states}, {1: states}, {0: states}))
+    torch.export.save(program, buffer)
+    write_whole(path, lambda beside: beside.write_bytes(buffer.getbuffer()))

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable
 from contextlib import redirect_stderr
 from dataclasses import asdict, fields, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -23,21 +22,40 @@ from d4rl_tasks import BadInput
 Args = Any  # dql.py's dataclass: nothing here imports dql.py
 
 # What may change when a run is resumed. The data may have been moved: a checksum tells whether they are the same.
-FREE = ("resume", "runs_dir", "dataset_path", "device", "track", "capture_video", "compile", "cudagraphs")
+FREE = ("resume", "runs_dir", "dataset_path", "device", "track", "wandb_project", "wandb_group", "capture_video",
+        "compile", "cudagraphs")  # fmt: skip
+SHORT = {"--lr": "--learning-rate"}
 SIDE_BY_SIDE = 100  # the most episodes of one seed that an evaluation steps at once
 
 
 def parse(kind: type, argv: list[str], script: str = "dql.py") -> Args:
     """The dataclass kind with the values of a command line. Raises BadInput."""
-    words = []  # tyro wants a value for what may be None: --compile becomes --compile True, --no-compile False
-    optional = [flag(f.name) for f in fields(kind) if f.type == bool | None]
-    for word, after in pairwise([*argv, "--"]):
-        positive = word.replace("--no-", "--", 1)
-        if positive in optional and after not in ("True", "False", "None"):
-            words += [positive, str(positive == word)]
+    words, rest = [], list(argv)
+    switches = {flag(f.name): f.type for f in fields(kind) if f.type in (bool, bool | None)}
+    while rest:
+        name, value = split(rest.pop(0))
+        if name in switches and value is None and rest and rest[0] in ("True", "False", "None"):
+            value = rest.pop(0)
+        if switches.get(name) is bool and value in ("True", "False", "true", "false"):  # as sweeps write it
+            words.append(name if value in ("True", "true") else name.replace("--", "--no-", 1))
+        elif value is not None:
+            words.append(f"{name}={value}")
+        elif switches.get(name) == bool | None:  # tyro wants a value for what may be None
+            words.append(f"{name}=True")
+        elif switches.get(positive := name.replace("--no-", "--", 1)) == bool | None:
+            words.append(f"{positive}=False")
         else:
-            words.append(word)
+            words.append(name)
     return parsed(kind, words, script)
+
+
+def split(word: str) -> tuple[str, str | None]:
+    """A flag, with - for _ and its long name, and the value after "="; another word as it is."""
+    if not word.startswith("--"):
+        return word, None
+    name, equals, value = word.partition("=")
+    name = name.replace("_", "-")
+    return SHORT.get(name, name), value if equals else None
 
 
 def parsed(kind: type, words: list[str], script: str, **options):
@@ -141,8 +159,8 @@ def read(kind: type, folder: Path) -> Args:
 
 def named(argv: list[str]) -> list[str]:
     """The fields whose flags stand on a command line."""
-    words = [word.split("=")[0] for word in argv if word.startswith("--")]
-    return [re.sub("^--(no-)?", "", word.replace("_", "-")).replace("-", "_") for word in words]
+    words = [split(word)[0] for word in argv if word.startswith("--")]
+    return [re.sub("^--(no-)?", "", word).replace("-", "_") for word in words]
 
 
 def resumed(given: Args, saved: Args) -> Args:

@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from d4rl_tasks import BadInput, find_task, make_envs, normalized_score, score_name
+from d4rl_tasks import BadInput, find_task, make_envs, normalized_score, rendering_env, score_name
+from housekeeping.acting import as_policy, film
 from housekeeping.arguments import SIDE_BY_SIDE, Args, check_ranges, check_trust, parse, typed
 from housekeeping.folder import seed_runs
 from housekeeping.machine import choose_device, versions
@@ -42,6 +43,8 @@ class Evaluation:
     """cpu, cuda, cuda:1, ...; auto: cuda if there is one"""
     env_id: str | None = None
     """the run's own: to be given only where that is code of a module"""
+    capture_video: bool = False
+    """write a video of one episode, video-WHICH.mp4, beside each policy"""
 
 
 def run(argv: list[str], read_args: Callable, load_agent: Callable, evaluate: Callable, noise_seed: Callable) -> str:
@@ -57,7 +60,8 @@ def run(argv: list[str], read_args: Callable, load_agent: Callable, evaluate: Ca
     task = find_task(args.env_id, args.env_backend, args.score_range)
     seeds = args.seed + 100 + np.arange(args.eval_episodes)
     rounds = np.split(seeds, -(-args.eval_episodes // SIDE_BY_SIDE))
-    envs, agent_seeds, steps, scores = make_envs(task, len(rounds[0])), [], [], []
+    video_env = rendering_env(task) if given.capture_video else None
+    envs, agent_seeds, steps, scores, films = make_envs(task, len(rounds[0])), [], [], [], []
     for path, own in seed_runs(saved, folder):
         agent, kept = load_agent(path, args.device, given.which, **acting)
         if task.widths != (agent.state_dim, agent.action_dim):
@@ -68,6 +72,10 @@ def run(argv: list[str], read_args: Callable, load_agent: Callable, evaluate: Ca
         returns = np.concatenate([evaluate(act, envs, some, device) for some in rounds])
         agent_seeds, steps = [*agent_seeds, own.seed], [*steps, kept["step"]]
         scores.append(normalized_score(task, returns))
+        if video_env:
+            films.append(path / f"video-{given.which}.mp4")
+            policy = as_policy(act, *task.widths, agent.device, kept.get("action_bounds"))
+            film(policy, video_env, int(seeds[0]), films[-1])
     entry = {
         "which": given.which, "seeds": agent_seeds, "steps": steps, "episodes": args.eval_episodes,
         "score_is": score_name(args.env_id, args.score_range), **summary(np.array(scores)),
@@ -80,7 +88,7 @@ def run(argv: list[str], read_args: Callable, load_agent: Callable, evaluate: Ca
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
-    return f"{text(entry)}\n{path}"
+    return "\n".join([text(entry), *map(str, films), str(path)])
 
 
 def settings(given: Evaluation, saved: Args) -> Args:

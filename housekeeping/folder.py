@@ -1,8 +1,9 @@
 """The folder of a run, and files that are written whole or not at all.
 
-    runs/ENV__dql__SEED__TIME/    args.json, checkpoint.pt, summary.json and, with one seed, metrics.csv, curve.png,
-                                  TensorBoard's events, and evaluation-STEP.pt, the policies that are reported or may
-                                  yet be; with several seeds, a folder seed-K for each with all of these
+    runs/ENV__dql__SEED__TIME/    args.json, checkpoint.pt, metrics.csv, curve.png, summary.json, TensorBoard's events,
+                                  and evaluation-STEP.pt, the policies that are reported or may yet be
+                                  with several seeds, a folder seed-K for each with all of these; then metrics.csv and
+                                  curve.png of the whole run are of all seeds, and events are in the seeds' folders
                                   evaluations.jsonl, if it was evaluated anew
 """
 
@@ -68,19 +69,27 @@ def seed_folders(args: Args, folder: Path) -> list[Path]:
 
 
 def start_folder(args: Args) -> Path:
-    """Makes the folder of a new run. Raises BadInput if that fails."""
+    """Makes the folder of a new run: --run-name, or ENV__dql__SEED__TIME, with bc for cloning and the name of a file
+    given as data. Raises BadInput if that fails."""
     last = f"-{args.seed + args.num_seeds - 1}" if args.num_seeds > 1 else ""
-    name = f"{args.env_id.replace('/', '-')}__dql__{args.seed}{last}__{time.strftime('%Y%m%d-%H%M%S')}"
+    parts = [args.env_id.replace("/", "-"), "dql" if args.eta > 0 else "bc", f"{args.seed}{last}"]
+    if args.dataset_path:
+        parts.insert(2, args.dataset_path.stem[:60])
+    name = args.run_name or "__".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
+    if Path(name).name != name:
+        raise BadInput(f"--run-name is {name!r}, it must be the name of a folder in --runs-dir")
     try:
         args.runs_dir.mkdir(parents=True, exist_ok=True)
         for others in itertools.count():  # runs that were started in the same second
             folder = args.runs_dir / (f"{name}-{others}" if others else name)
-            with suppress(FileExistsError):
+            try:
                 folder.mkdir()
-                break
+                return folder
+            except FileExistsError:
+                if args.run_name:
+                    raise BadInput(f"{folder} exists: choose another --run-name, or give --resume {folder}") from None
     except OSError as error:
         raise BadInput(f"cannot make a folder in {args.runs_dir}: {error.strerror}; choose a --runs-dir") from None
-    return folder
 
 
 def write_args(args: Args, folder: Path) -> None:

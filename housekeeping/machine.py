@@ -5,6 +5,7 @@ import importlib.metadata
 import math
 import platform
 import re
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,3 +73,14 @@ def versions(device: torch.device) -> dict[str, str | int]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def commit() -> str | None:
+    """The commit of this program's working tree, "-dirty" if files differ from it; None where there is no git."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed, perhaps inside another project's working tree
+        return None
+    with suppress(OSError, subprocess.SubprocessError):
+        words = ("git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None

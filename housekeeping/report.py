@@ -1,18 +1,14 @@
-"""What a run reports: rows of metrics.csv, curve.png, summary.json, and the text that ends it."""
+"""What a run reports: which evaluations, the range of a sound Q, and the text that ends it."""
 
-import csv
-import gc
-import io
 import json
+import math
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from d4rl_tasks import reason, score_name
 from housekeeping.arguments import Args
 from housekeeping.folder import seed_folders
 
@@ -55,76 +51,16 @@ def to_keep(rows: list[dict], args: Args) -> set[int]:
     return {one["step"] for one in (best, *lowest) if one}
 
 
-def write_metrics(path: Path, rows: list[dict]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_curve(file: Path | io.BytesIO, rows: list[dict], args: Args, paper: tuple[float, float] | None) -> None:
-    """Score (band: one standard deviation over episodes) and losses over updates."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    step, score, std = np.array([(r["step"], r["score"], r["score_std"]) for r in rows if r["score"] != ""]).T
-    left.plot(step, score, marker=".", label=f"{args.eval_episodes} episodes")
-    left.fill_between(step, score - std, score + std, alpha=0.2)
-    if paper:
-        left.axhline(paper[0], color="gray", linestyle="--", label=f"paper: {paper[0]}")
-    left.set(xlabel="updates", ylabel=score_name(args.env_id, args.score_range))
-    left.set_title(f"{args.env_id}, seed {args.seed}")
-    left.legend()
-    for name in ("critic_loss", "bc_loss", "q_loss"):
-        if any(r[name] for r in rows):  # cloning has bc_loss alone
-            right.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
-    right.set(xlabel="updates", title="losses")
-    right.set_yscale("symlog", linthresh=1e-3)
-    right.legend()
-    for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-    figure.savefig(file, format="png")
-    del figure, left, right
-    gc.collect()  # a figure is part of reference cycles: its megabytes would wait for the collector
-
-
-def curves_work(args: Args) -> bool:
-    """Whether curve.png can be drawn here; if not, says why: a picture never costs a run."""
-    row = dict.fromkeys(("score", "score_std", "critic_loss", "bc_loss", "q_loss"), 1.0)
-    try:
-        write_curve(io.BytesIO(), [{"step": 1, **row}], args, None)
-    except Exception as error:  # matplotlib is missing, or its settings are broken in one of many ways
-        print(f"warning: no curve.png will be drawn: {reason(error)}", file=sys.stderr)
-        return False
-    return True
-
-
-def q_alarm(reward: Tensor, args: Args) -> Callable[[list[dict]], None]:
-    """A function of rows that warns, once per seed, if the mean target (Eq. 4) lies outside what rewards allow.
-
-    They allow any discounted sum of them, and a margin of a twentieth of the range, for Q may well be a little off.
-    """
-    horizon = 1 / (1 - args.gamma) if args.gamma < 1 else float("inf")
-    low, high = min(0.0, reward.min().item() * horizon), max(0.0, reward.max().item() * horizon)
-    margin, warned = 0.05 * (high - low), set()
-
-    def warn(rows: list[dict]) -> None:
-        for seed, row in enumerate(rows, args.seed):
-            if not low - margin <= row["target_q"] <= high + margin and seed not in warned:
-                warned.add(seed)
-                print(f"warning: update {row['step']:,}, seed {seed}: mean target Q is {row['target_q']:.4g}, "
-                      f"rewards allow {low:.4g} to {high:.4g}", file=sys.stderr)  # fmt: skip
-
-    return warn
+def q_range(reward: Tensor, args: Args) -> tuple[float, float]:
+    """The least and the largest discounted sum of rewards, and so the range of a sound Q."""
+    horizon = 1 / (1 - args.gamma) if args.gamma < 1 else math.inf
+    return min(0.0, reward.min().item() * horizon), max(0.0, reward.max().item() * horizon)
 
 
 def finished(args: Args, folder: Path) -> dict | None:
     """The summary of a run that has made all its updates; None for any other. Says which of its files are missing."""
     names = ("args.json", "checkpoint.pt", "metrics.csv", "summary.json")
-    files = {folder / "checkpoint.pt", *(path / name for path in seed_folders(args, folder) for name in names)}
+    files = {path / name for path in (folder, *seed_folders(args, folder)) for name in names}
     if args.capture_video:
         files.add(folder / "video.mp4")
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -153,4 +89,6 @@ def report(summary: dict) -> str:
     if summary["paper"]:
         mean, std = summary["paper"]
         lines.append(f"  {'paper':8} {mean:6.1f} ± {std:.1f} (5 seeds)")
-    return "\n".join([*lines, summary["folder"]])
+    folder = Path(summary["folder"])
+    written = sorted(path.name for path in folder.glob("[!.e]*"))  # without events and evaluations
+    return "\n".join([*lines, f"wrote {', '.join(written)} in", str(folder)])

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from d4rl_tasks import BadInput, reason, score_name
-from housekeeping import report
+from housekeeping import curves, report
 from housekeeping.arguments import Args, as_json
 from housekeeping.checkpoint import all_finite, keep_policy, load, read_checkpoint, remove_policies
 from housekeeping.ending import Diverged, Stopped, held_signals
 from housekeeping.folder import only_writer, seed_runs, start_folder, write_args, write_json, write_torch, write_whole
-from housekeeping.machine import versions
+from housekeeping.machine import commit, versions
 
 GROUP = 10  # captured updates are made in groups of so many: between two groups the program looks for signals
 
@@ -28,12 +28,14 @@ GROUP = 10  # captured updates are made in groups of so many: between two groups
 class Run:
     """A run's folder and progress: `locked` around everything, `training` around the loop.
 
-    losses names the columns of the losses that updates return; paper is the score to compare with, if there is one.
+    losses names the columns of the losses that updates return; paper is the score to compare with, if there is one;
+    q_range is the range of Q that rewards allow.
     """
 
     def __init__(self, args: Args, device: torch.device, data: dict[str, np.ndarray], losses: Sequence[str],
-                 paper: tuple[float, float] | None):  # fmt: skip
-        self.args, self.device, self.losses, self.paper = args, device, losses, paper
+                 paper: tuple[float, float] | None, q_range: tuple[float, float]):  # fmt: skip
+        self.args, self.device, self.losses, self.paper, self.q_range = args, device, losses, paper, q_range
+        self.score_name, self.warned = score_name(args.env_id, args.score_range), set()
         self.step = self.kept = 0  # updates made, and those that the last checkpoint holds
         self.sums = torch.zeros(args.num_seeds, len(losses), device=device)  # of losses since the last row
         self.seconds = 0.0  # spent on updates since the last row
@@ -67,12 +69,14 @@ class Run:
     def training(self, save: Callable[[], None]) -> Iterator[None]:
         """Opens logs and holds signals back; if one arrives, save() is called before Stopped ends the block."""
         from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
         from tqdm import tqdm
 
         if self.args.track:
             self.track()
-        self.curves, self.writers, self.told = report.curves_work(self.args), [], time.time()
-        self.bar = tqdm(total=self.args.num_updates, initial=self.step, mininterval=0.5 if sys.stderr.isatty() else 60)
+        self.curves, self.writers, self.told, self.scored = curves.curves_work(), [], time.time(), ""
+        self.bar = tqdm(total=self.args.num_updates, initial=self.step, mininterval=0.5,
+                        disable=not sys.stderr.isatty())  # a file gets a line for each row instead
         try:
             if self.args.resume:  # files may have been lost, and arguments changed
                 write_args(self.args, self.folder)
@@ -80,6 +84,10 @@ class Run:
                 self.write_rows()
             # events of an interrupted run after its last checkpoint are hidden: they come again
             self.writers = [SummaryWriter(path, purge_step=self.step + 1) for path, _ in self.seeds]
+            for writer, (_, args) in zip(self.writers, self.seeds, strict=True):
+                values = {name: v if isinstance(v, (int, float, str)) else str(v) for name, v in vars(args).items()}
+                for summary in hparams(values, {"charts/score": 0}):  # its value is the last of that curve
+                    writer.file_writer.add_summary(summary)
             with self.bar, held_signals() as self.check_signals:
                 try:
                     yield
@@ -95,12 +103,14 @@ class Run:
                     writer.close()
 
     def track(self) -> None:
-        """Copies TensorBoard's events to Weights & Biases. Raises BadInput."""
+        """Copies TensorBoard's events to Weights & Biases, to the same run there once resumed. Raises BadInput."""
         import wandb
 
-        name, config = self.folder.name, asdict(self.args)
+        before = sorted((self.folder / "wandb").glob("*run-*-*"))  # wandb's folders end with -ID
+        again = {"id": before[-1].name.rsplit("-", 1)[1], "resume": "allow"} if before else {}
         try:
-            wandb.init(project="dql", name=name, dir=self.folder, config=config, sync_tensorboard=True)
+            wandb.init(project=self.args.wandb_project, group=self.args.wandb_group, name=self.folder.name,
+                       dir=self.folder, config=asdict(self.args), sync_tensorboard=True, **again)  # fmt: skip
         except Exception as error:  # it has errors of its own for each way not to be logged in
             raise BadInput(f"--track: {reason(error)}") from None
 
@@ -133,28 +143,40 @@ class Run:
     def while_evaluating(self, ended: int) -> None:
         """Called after each time step of an evaluation, with the number of episodes that have ended. Raises Stopped."""
         self.check_signals()
-        if time.time() - self.told > self.bar.mininterval:
+        self.time_steps += 1
+        if time.time() - self.told > 0.5:
             self.told = time.time()
-            self.bar.set_postfix_str(f"evaluating: {ended} episodes have ended")
+            self.bar.set_postfix_str(f"evaluating: time step {self.time_steps:,}, {ended} episodes have ended")
 
     # --- rows
 
     def end_row(self) -> list[dict]:
-        """For each seed the row of metrics.csv that ends now, still without a score. Raises Diverged."""
+        """For each seed the row of metrics.csv that ends now, still without a score. Raises Diverged.
+
+        Warns, once for each seed, if the mean target Q is out of its range by more than a twentieth.
+        """
         begun = time.perf_counter()
         self.check_finite([])  # waits for the device
         self.seconds += time.perf_counter() - begun
         count, before = self.step - self.last_row, self.history[0][-1]["seconds"] if self.history[0] else 0.0
         times = {"updates_per_second": count / self.seconds, "seconds": before + self.seconds}
         rest = {"score": "", "score_std": "", **times}
-        means = (self.sums / count).tolist()
-        return [{"step": self.step, **dict(zip(self.losses, mean, strict=True)), **rest} for mean in means]
+        means, self.time_steps = (self.sums / count).tolist(), 0
+        rows = [{"step": self.step, **dict(zip(self.losses, mean, strict=True)), **rest} for mean in means]
+        low, high = self.q_range
+        for seed, row in enumerate(rows, self.args.seed):
+            beyond = max(low - row["target_q"], row["target_q"] - high)
+            if beyond > 0.05 * (high - low) and seed not in self.warned:
+                self.warned.add(seed)
+                print(f"warning: update {self.step:,}, seed {seed}: mean target Q is {row['target_q']:.4g}, "
+                      f"rewards allow {low:.4g} to {high:.4g}", file=sys.stderr)  # fmt: skip
+        return rows
 
     def add_scores(self, rows: list[dict], scores: np.ndarray) -> None:
         """Adds each seed's scores, (K, E) of E episodes, to its row."""
         for row, of_seed in zip(rows, scores, strict=True):
             row |= {"score": float(of_seed.mean()), "score_std": float(of_seed.std())}
-        self.bar.set_postfix_str(f"{score_name(self.args.env_id, self.args.score_range)} {scores.mean():.1f}")
+        self.scored = f", {self.score_name} {scores.mean():.1f}"
 
     def log(self, rows: list[dict]) -> None:
         """Writes each seed's row to TensorBoard, metrics.csv and, with a score, curve.png; begins the next."""
@@ -165,30 +187,51 @@ class Run:
                     writer.add_scalar(f"{'losses' if name in self.losses else 'charts'}/{name}", value, row["step"])
         self.sums, self.seconds = torch.zeros_like(self.sums), 0.0
         self.write_rows()
+        shown = [name for name in ("bc_loss", "critic_loss", "target_q") if any(row[name] for row in rows)]
+        text = ", ".join(f"{name} {np.mean([row[name] for row in rows]):.4g}" for name in shown) + self.scored
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            rate = f"{rows[0]['updates_per_second']:.1f} updates/s"
+            print(f"update {self.step:,} of {self.args.num_updates:,}: {text} ({rate})", file=sys.stderr)
 
     def write_rows(self) -> None:
+        """Writes metrics.csv and, after an evaluation, curve.png, of each seed and, with several, of the run."""
+        if not self.last_row:
+            return
         for (folder, args), rows in zip(self.seeds, self.history, strict=True):
-            if rows:
-                write_whole(folder / "metrics.csv", partial(report.write_metrics, rows=rows))
-            if rows and rows[-1]["score"] != "" and self.curves:
-                write_whole(folder / "curve.png", partial(report.write_curve, rows=rows, args=args, paper=self.paper))
+            write_whole(folder / "metrics.csv", partial(curves.write_metrics, rows=rows))
+            self.write_curve(folder, f"{self.args.env_id}, seed {args.seed}", [rows])
+        if (seeds := self.args.num_seeds) > 1:
+            rows = [{"seed": args.seed, **row} for (_, args), rows in zip(self.seeds, self.history, strict=True)
+                    for row in rows]  # fmt: skip
+            write_whole(self.folder / "metrics.csv", partial(curves.write_metrics, rows=rows))
+            self.write_curve(self.folder, f"{self.args.env_id}, mean and spread of {seeds} seeds", self.history)
+
+    def write_curve(self, folder: Path, title: str, seeds: Sequence[list[dict]]) -> None:
+        if self.curves and seeds[0][-1]["score"] != "":
+            name = f"{self.args.eval_episodes} episodes" if len(seeds) == 1 else f"{len(seeds)} seeds"
+            draw = partial(curves.write_curves, groups={name: seeds}, title=title, score_name=self.score_name,
+                           paper=self.paper, q_range=self.q_range)  # fmt: skip
+            write_whole(folder / "curve.png", draw)
 
     def summarize(self) -> dict:
         """Writes summary.json, of each seed and, with several, of all, with mean and spread; returns the run's."""
         last, gpu = self.history[0][-1], self.device.type == "cuda"
         common = {
-            "env_id": self.args.env_id, "score_is": score_name(self.args.env_id, self.args.score_range),
-            "num_updates": last["step"], "paper": self.paper,
+            "env_id": self.args.env_id, "score_is": self.score_name, "num_updates": last["step"], "paper": self.paper,
             "updates_per_second": last["step"] / last["seconds"], "seconds": last["seconds"],
             "device": torch.cuda.get_device_name(self.device) if gpu else "cpu", "versions": versions(self.device),
+            "commit": commit(),
         }  # fmt: skip
         summaries = []
         for (folder, args), rows in zip(self.seeds, self.history, strict=True):
-            summaries.append(common | {"seed": args.seed, **report.select(rows, args), "folder": str(folder)})
+            own = {"seed": args.seed, **report.select(rows, args), "folder": str(folder), "args": as_json(args)}
+            summaries.append(common | own)
             write_json(folder / "summary.json", summaries[-1])
         if self.args.num_seeds == 1:
             return summaries[0]
-        summary = common | {"seed": self.args.seed, "num_seeds": self.args.num_seeds, "folder": str(self.folder)}
+        summary = common | {"seed": self.args.seed, "num_seeds": self.args.num_seeds, "folder": str(self.folder),
+                            "args": as_json(self.args)}  # fmt: skip
         for name in report.SELECTIONS:
             scores = [one[name]["score"] for one in summaries]
             summary[name] = {"score": float(np.mean(scores)), "std": float(np.std(scores)), "scores": scores}

@@ -77,9 +77,9 @@ def command(*words: object, env: dict | None = None, python: tuple = (), **optio
 
 
 def told(stderr: str) -> list[str]:
-    """The lines of stderr without those of the progress bar."""
+    """The lines of stderr without those of progress."""
     lines = stderr.replace("\r", "\n").splitlines()
-    return [line for line in lines if line.strip() and "it/s" not in line and "?it" not in line]
+    return [line for line in lines if line.strip() and not line.startswith("update ")]
 
 
 def one_line(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> str:

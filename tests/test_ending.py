@@ -29,7 +29,7 @@ from runs import (
 import compiling
 import dql
 import fast_sampler
-from housekeeping import ending, report
+from housekeeping import curves, ending
 
 
 @pytest.mark.parametrize("error, code, says", [
@@ -249,7 +249,7 @@ def test_pictures_never_cost_a_run(run_left_alone, monkeypatch, capsys):  # noqa
         patch.setitem(sys.modules, "matplotlib.figure", None)
         folders = [Path(dql.train(args)["folder"])]
     with monkeypatch.context() as patch:
-        patch.setattr(report, "write_curve", broken)
+        patch.setattr(curves, "write_curves", broken)
         folders.append(Path(dql.train(args)["folder"]))
     lines = told(capsys.readouterr().err)
     assert len(lines) == 2 and all(line.startswith("warning: no curve.png will be drawn: ") for line in lines), lines

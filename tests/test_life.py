@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from functools import cache, partial
@@ -14,7 +15,8 @@ import torch
 from runs import assert_same, assert_same_end, bad_input, on_call, resume, stop_at, tiny_args
 
 import dql
-from housekeeping import checkpoint, evaluating, report
+from d4rl_tasks import make_env
+from housekeeping import checkpoint, curves, evaluating, report
 from housekeeping import run as runs_module
 from housekeeping.checkpoint import ACTING
 from housekeeping.folder import seed_folders
@@ -27,7 +29,7 @@ STATES = np.random.default_rng(0).standard_normal((4, 11))
 def no_curves():
     """Without curve.png, which would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "curves_work", lambda _: False)
+        patch.setattr(curves, "curves_work", lambda: False)
         yield
 
 
@@ -272,3 +274,48 @@ def test_quantiles_of_student_s_t():
     """Against tables."""
     for df, want in ((1, 12.706), (4, 2.776), (9, 2.262), (10, 2.228), (12, 2.179), (30, 2.042), (99, 1.984)):
         assert evaluating.t_quantile(df) == pytest.approx(want, abs=1e-3)
+
+
+# ----------------------------------------------------------------- exported
+
+OUTSIDE = """
+import sys, torch
+policy, states, noise, gumbel = torch.export.load("policy.pt2").module(), *torch.load("inputs.pt")
+torch.save(policy(states, noise, gumbel), "actions.pt")
+assert "dql" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("candidates", [1, 4])
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_an_exported_policy_acts_the_same_without_this_project(which, candidates, copied, tmp_path):
+    """Given the same noise, for any number of states, in a process that does not have the project."""
+    dql.export_policy(copied, tmp_path / "policy.pt2", which, eval_candidates=candidates)
+    agent, _ = dql.load_agent(copied, "cpu", which, eval_candidates=candidates)
+    for num_states in (1, 2, 5):
+        states = torch.randn(num_states, 11)
+        noise, gumbel = agent.draw_act(num_states, torch.Generator())
+        torch.save((states, noise.view(len(noise), num_states, candidates, 3), gumbel), tmp_path / "inputs.pt")
+        subprocess.run([sys.executable, "-I", "-c", OUTSIDE], cwd=tmp_path, check=True)
+        actions = torch.load(tmp_path / "actions.pt")
+        torch.testing.assert_close(actions, agent.act(states, dql.ActDraws(noise, gumbel)), rtol=0, atol=1e-6)
+
+
+def test_an_export_that_fails_leaves_nothing(copied, tmp_path):
+    bad_input(lambda: dql.export_policy(copied, tmp_path / "none" / "policy.pt2"), "cannot write")
+    bad_input(lambda: dql.export_policy(tmp_path, tmp_path / "policy.pt2"), "not the folder of a run")
+    assert not list(tmp_path.rglob("*.pt2"))
+
+
+# ----------------------------------------------------------------- a video
+
+
+def test_an_evaluation_can_film(copied, monkeypatch, capsys):
+    """Without OpenGL: pictures are made up."""
+    pytest.importorskip("moviepy")
+    env = make_env("hopper-medium-v2")
+    monkeypatch.setattr(env, "render", lambda: np.zeros((64, 64, 3), np.uint8), raising=False)
+    monkeypatch.setattr(evaluating, "rendering_env", lambda task: env)
+    out = evaluate(monkeypatch, capsys, copied, "--which", "best", "--capture-video", "--device", "cpu")
+    assert (copied / "video-best.mp4").stat().st_size > 500
+    assert out.endswith(f"\n{copied / 'video-best.mp4'}\n{copied / 'evaluations.jsonl'}\n")

@@ -21,7 +21,7 @@ import fast_sampler
 from d4rl_tasks import TASKS, make_env, make_envs
 from dql import Args
 from fast_sampler import replicate
-from housekeeping import acting, machine, report
+from housekeeping import acting, curves, machine, report
 from housekeeping.ending import Diverged
 from housekeeping.run import Run
 
@@ -40,7 +40,7 @@ def test_a_run_writes_its_folder(tmp_path):
     assert list(rows[0]) == ["step", *dql.LOSSES, "score", "score_std"]
     assert [int(r["step"]) for r in rows] == [5, 10, 12, 15, 20, 24, 25, 30]
     assert [bool(r["score"]) for r in rows] == [False, False, True, False, False, True, False, True]
-    assert summary["last"]["step"] == 30 and summary["last"]["episodes"] == 3 and summary["paper"] == (90.5, 4.6)
+    assert summary["last"]["step"] == 30 and summary["last"]["episodes"] == 3 and summary["paper"] is None
     assert summary["best"]["score"] == max(float(r["score"]) for r in rows if r["score"])
     assert summary["versions"]["torch"] == torch.__version__ and summary["updates_per_second"] > 0
     assert "gpu" not in summary["versions"], "it ran on the CPU"
@@ -112,7 +112,7 @@ class TwoPictures:
 def test_a_video_is_written_whole(tmp_path):
     """Also where nothing renders: the pictures are made up."""
     pytest.importorskip("moviepy")
-    acting.film(lambda state: np.zeros(1), TwoPictures(), 0, tmp_path)
+    acting.film(lambda state: np.zeros(1), TwoPictures(), 0, tmp_path / "video.mp4")
     assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"] and (tmp_path / "video.mp4").stat().st_size > 500
 
 
@@ -204,15 +204,24 @@ def test_a_run_that_diverges_stops(num_seeds, tmp_path, monkeypatch):
     assert all(p.isfinite().all() for of_seed in state["agents"] for p in of_seed["critic"].values())
 
 
-def test_q_beyond_what_rewards_allow_is_told_once(capsys):
+def test_q_beyond_what_rewards_allow_is_told_once(tmp_path, capsys):
     """The warning comes once per seed, and only beyond a margin of a twentieth of the range that rewards allow."""
-    warn = report.q_alarm(torch.tensor([-1.0, 2.0]), Args(gamma=0.9, seed=7))
+    args = dql.with_settings(tiny_args(tmp_path, gamma=0.9, seed=7, num_seeds=2))
+    reward, place = torch.tensor([-1.0, 2.0]), dql.LOSSES.index("target_q")
+
+    def warned(q_range: tuple, *values: float) -> str:
+        for value in values:
+            run.q_range, run.step, run.seconds = q_range, run.step + 1, 1.0
+            run.sums[:, place] = (run.step - run.last_row) * torch.tensor(value)
+            run.end_row()
+        return capsys.readouterr().err
+
+    run = Run(args, torch.device("cpu"), {}, dql.LOSSES, None, report.q_range(reward, args))
     for values, told in (((21, -11), []), ((0, -12), [8]), ((22, -99), [7]), ((99, 99), [])):
-        warn([{"step": 5, "target_q": value} for value in values])
-        err = capsys.readouterr().err
+        err = warned(run.q_range, values)
         assert [int(seed) for seed in re.findall(r"seed (\d+): .* rewards allow -10 to 20\n", err)] == told
-    report.q_alarm(torch.ones(2), Args(gamma=1.0))([{"step": 5, "target_q": 1e9}])
-    assert capsys.readouterr().err == ""
+    run.warned.clear()
+    assert warned(report.q_range(torch.ones(2), dql.replace(args, gamma=1.0)), (1e9, 1e9)) == ""
 
 
 def test_rewards_that_float32_cannot_square_are_refused(tmp_path):
@@ -235,7 +244,7 @@ def test_many_evaluations_leak_nothing(tmp_path, monkeypatch):
         return evaluate(*args)
 
     monkeypatch.setattr(dql, "evaluate", evaluate_and_count)
-    monkeypatch.setattr(report, "curves_work", lambda args: False)  # plots take half a second
+    monkeypatch.setattr(curves, "curves_work", lambda: False)  # plots take half a second
     dql.train(tiny_args(tmp_path, num_updates=50, eval_every=1, eval_episodes=1, checkpoint_every=1))
     assert len(counts) == 4 and len(set(counts)) == 1, counts
 
@@ -247,7 +256,7 @@ def test_events_of_updates_that_are_made_again_are_forgotten(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     for steps in ((1, 2, 3), (1,)):
-        run = Run(args, torch.device("cpu"), {}, dql.LOSSES, None)
+        run = Run(args, torch.device("cpu"), {}, dql.LOSSES, None, (-1.0, 1.0))
         run.folder, run.seeds = folder, [(folder, args)]
         with run.training(lambda: None):
             for run.step in steps:
