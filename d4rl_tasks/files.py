@@ -149,7 +149,7 @@ def checked(columns: dict[str, Any], task: Task, place: object) -> dict[str, np.
         flat = (*shape[:1], math.prod(shape[1:]))  # what is not D4RL's is flattened
         fits = flat == wanted and task.bounds is not None if name in widths else shape == (*rows, 1)
         if shape != wanted and not fits:
-            raise BadInput(f"{place}: {name} have shape {shape} instead of {wanted}: is it whole {task.family} data?")
+            raise BadInput(f"{place}: {name} have shape {shape}, those of {task.family} {wanted}: give its data")
         if column.dtype.kind not in "biuf":
             raise BadInput(f"{place}: {name} are of type {column.dtype}, not numbers: write them as float32")
     arrays = {}

@@ -71,9 +71,11 @@ def parsed(kind: type, words: list[str], script: str, **options):
 
 
 def as_line(complaint: str) -> str:
-    """tyro's boxed complaint as one line, without its title and the flag's help."""
-    text = re.sub(r"^\u256d.*$|[\u2500-\u257f]", " ", complaint, flags=re.M)
-    return re.split(r"Got errors|Argument helptext|For full helptext", " ".join(text.split()))[0].strip()
+    """tyro's boxed complaint as one line, without its title and the flag's help; of similar flags the first."""
+    text = " ".join(re.sub(r"^\u256d.*$|[\u2500-\u257f]", " ", complaint, flags=re.M).split())
+    says = re.split("Got errors|Argument helptext|For full helptext|Perhaps you|Arguments similar", text)[0].strip()
+    similar = re.search(r"(?:Perhaps you meant|Arguments similar to \S+): (--[\w-]+)", text)
+    return f"{says}: did you mean {similar[1]}?" if similar else says
 
 
 def typed(args: Args) -> Args:

@@ -23,7 +23,7 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.zeros((), device=name).device  # "cuda" becomes "cuda:0", which is there
     except Exception as error:  # torch raises several kinds here
-        raise BadInput(f"--device {name} (given, found or resumed) cannot be used: {reason(error)}") from None
+        raise BadInput(f"--device {name} cannot be used: {reason(error)}") from None
 
 
 def check_memory(flag: str, value: int, bytes_each: int, device: torch.device) -> None:

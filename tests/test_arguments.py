@@ -35,7 +35,7 @@ def fails(capsys, *words: str) -> str:
     (["--batch-size"], "--batch-size"),
     (["--no-such-flag"], "--no-such-flag"),
     (["--device", "tpu9"], "--device is tpu9, it must be"),
-    (["--device", "cuda:99"], "--device cuda:99 (given, found or resumed) cannot be used"),
+    (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
     (["--seed", "18446744073709551616"], "below 2^31"),
     (["--seed", "2147483647", "--num-seeds", "2", "--num-updates", "1"], "the last of the seeds below 2^31"),
     (["--dataset-path", "no-such-file.hdf5"], "no-such-file.hdf5"),
@@ -56,7 +56,8 @@ def test_errors_reach_the_shell_without_a_traceback(tmp_path):
 def test_a_complaint_is_one_short_line():
     for words, line in ((["--num-updates", "x"], "Error parsing --num-updates: no type matching .* from \\['x'\\]\\."),
                         (["--schedule", "x"], "invalid choice 'x' for argument '--schedule'\\. Expected one of .*"),
-                        (["--bogus"], "Unrecognized options: --bogus")):  # fmt: skip
+                        (["--bogus"], "Unrecognized options: --bogus"),
+                        (["--etaa", "1"], "Unrecognized options: --etaa, 1: did you mean --eta\\?")):  # fmt: skip
         with pytest.raises(BadInput, match=f"^{line} \\(python dql.py --help lists the flags\\)$"):
             arguments.parse(Args, words)
 
