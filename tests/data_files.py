@@ -64,3 +64,32 @@ def same(ours, theirs):
     for name, values in theirs.items():
         assert ours[name].dtype == values.dtype and ours[name].shape == values.shape, name
         np.testing.assert_array_equal(ours[name], values, err_msg=name)
+
+
+def whole_life(run, folder, *words):
+    """A run as its user sees it: trained, continued, evaluated, loaded and exported; returns what training printed.
+
+    run(*words) is `python dql.py` with these words.
+    """
+    import torch
+
+    import dql
+
+    env_id = words[words.index("--env-id") + 1]
+    out = run(*words, "--device", "cpu", "--num-updates", 4, "--batch-size", 8, "--eval-episodes", 2,
+              "--eval-candidates", 2, "--runs-dir", folder, "--run-name", "run")  # fmt: skip
+    folder = folder / "run"
+    assert out.endswith(f"\n{folder}\n") and "4 updates, " in out
+    assert "6 updates, " in run("--resume", folder, "--env-id", env_id, "--num-updates", 6, "--device", "cpu")
+    again = run("--evaluate", folder, "--env-id", env_id, "--which", "best", "--eval-episodes", 3, "--device", "cpu")
+    assert f"{env_id}, best, 3 episodes of each seed, " in again and (folder / "evaluations.jsonl").exists()
+    agent, kept = dql.load_agent(folder, "cpu", "best")
+    states, draws = torch.randn(5, agent.state_dim), agent.draw_act(5, torch.Generator().manual_seed(3))
+    actions = dql.load_policy(folder, 3, "cpu", which="best")(states)
+    dql.export_policy(folder, folder / "policy.pt2", "best")
+    exported = torch.export.load(folder / "policy.pt2").module()
+    noise = draws.noise.view(len(draws.noise), *draws.gumbel.shape, -1)
+    torch.testing.assert_close(exported(states, noise, draws.gumbel), actions, rtol=1e-6, atol=1e-6)
+    low, high = kept["action_bounds"]
+    assert ((low <= actions) & (actions <= high)).all() and actions.shape == (5, len(low))
+    return out

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import bad_input
+from data_files import bad_input, whole_life
 
 import dql
 from d4rl_tasks import find_task, load_dataset, make_env, normalized_score, reference_gamma
@@ -90,18 +90,15 @@ def test_a_reset_with_a_seed_begins_the_same_episode(env_id):
 
 
 @needs_ogbench
-def test_a_run_trains_goes_on_and_acts(small, tmp_path, monkeypatch, capsys):
-    words = ["--env-id", CUBE, "--dataset-path", small, "--device", "cpu", "--num-updates", 4, "--batch-size", 8,
-             "--eval-episodes", 1, "--eval-candidates", 2, "--runs-dir", tmp_path, "--hidden-layers", 2]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["dql.py", *map(str, words)])
-    dql.main()
-    out = capsys.readouterr().out
-    folder = Path(out.splitlines()[-1])
-    assert "4 updates, success rate in %:" in out
-    assert json.loads((folder / "summary.json").read_text())["score_is"] == "success rate in %"
-    assert dql.train(dql.Args(resume=folder, device="cpu", num_updates=6))["num_updates"] == 6
-    actions = dql.load_policy(folder, device="cpu")(np.zeros((3, 28)))
-    assert actions.shape == (3, 5) and np.abs(actions).max() <= 1
+def test_the_whole_life_of_a_run(small, tmp_path, monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["dql.py", *map(str, words)])
+        dql.main()
+        return capsys.readouterr().out
+
+    words = ("--env-id", CUBE, "--dataset-path", small, "--hidden-layers", 2)
+    assert "4 updates, success rate in %:" in whole_life(run, tmp_path / "runs", *words)
+    assert json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["score_is"] == "success rate in %"
 
 
 @needs_ogbench

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import HOPPER, bad_input, rows_of, write
+from data_files import HOPPER, bad_input, rows_of, whole_life, write
 
 import dql
 from d4rl_tasks import TASKS, find_task, load_dataset, make_env, normalized_score, score_name
-from housekeeping import arguments
 
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("h5py")
@@ -50,6 +49,18 @@ def own_id(tmp_path, monkeypatch):
     forget()
 
 
+def write_minari(folder, rows):
+    """One episode as Minari writes it: one observation more than actions."""
+    import h5py
+
+    folder.mkdir(exist_ok=True)
+    with h5py.File(folder / "main_data.hdf5", "w") as file:
+        file["episode_0/observations"] = rows["observations"]
+        for name, key in (("actions", "actions"), ("rewards", "rewards"), ("terminals", "terminations")):
+            file[f"episode_0/{key}"] = rows[name][1:]
+    return folder
+
+
 def forget():
     sys.modules.pop("own_envs", None)
     gymnasium.registry.pop("Own-v0", None)
@@ -80,20 +91,18 @@ def run(monkeypatch, capsys, *words):
     return capsys.readouterr().out
 
 
-def test_pendulum_trains_goes_on_and_acts(tmp_path, monkeypatch, capsys):
-    data = write(tmp_path / "pendulum.hdf5", pendulum_rows())
-    words = ["--device", "cpu", "--num-updates", 4, "--batch-size", 8, "--eval-episodes", 2, "--eval-candidates", 2,
-             "--runs-dir", tmp_path, "--env-id", "Pendulum-v1", "--dataset-path", data]  # fmt: skip
-    out = run(monkeypatch, capsys, *words)
-    assert "updates, return:" in out and "last" in out
-    folder = Path(out.splitlines()[-1])
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["score_is"] == "return" and -2000 < summary["last"]["score"] < 0 and summary["paper"] is None
-    assert "6 updates, return:" in run(monkeypatch, capsys, "--resume", folder, "--num-updates", 6)
-    policy = dql.load_policy(folder, device="cpu")
-    actions = np.concatenate([policy(np.random.default_rng(k).standard_normal((50, 3))) for k in range(4)])
-    assert actions.shape == (200, 1) and 1.5 < np.abs(actions).max() <= 2  # of a policy that has hardly learned
-    assert arguments.read(dql.Args, folder).gamma == 0.99
+@pytest.mark.parametrize("kind", ["Pendulum-v1", "a module", "Minari"])
+def test_the_whole_life_of_a_run(kind, own_id, tmp_path, monkeypatch, capsys):
+    if kind == "Minari":
+        data = write_minari(tmp_path / "minari", pendulum_rows())
+    else:
+        data = write(tmp_path / "own.hdf5", own_rows() if kind == "a module" else pendulum_rows())
+    env_id = own_id if kind == "a module" else "Pendulum-v1"
+    words = ("--env-id", env_id, "--dataset-path", data)
+    out = whole_life(lambda *words: run(monkeypatch, capsys, *words), tmp_path / "runs", *words)
+    assert "4 updates, return:" in out
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+    assert summary["score_is"] == "return" and summary["paper"] is None and summary["args"]["gamma"] == 0.99
 
 
 def test_a_module_s_environment_is_imported_for_who_names_it_but_not_for_a_file(own_id, tmp_path, monkeypatch, capsys):
@@ -218,14 +227,7 @@ def test_npz_of_ogbench_s_layout(own_id, tmp_path):
 
 
 def test_a_minari_folder_for_an_environment_of_one_s_own(own_id, tmp_path):
-    import h5py
-
-    rows = own_rows()
-    with h5py.File(tmp_path / "main_data.hdf5", "w") as file:
-        episode = {"observations": rows["observations"], "actions": rows["actions"][1:], "rewards": rows["rewards"][1:],
-                   "terminations": rows["terminals"][1:]}  # fmt: skip
-        for name, values in episode.items():
-            file[f"episode_0/{name}"] = values
+    write_minari(tmp_path, own_rows())
     data = load_dataset(find_task(own_id), tmp_path)
     assert data["next_observations"].shape == (11, 6) and np.abs(data["actions"]).max() <= 1
 
