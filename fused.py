@@ -8,6 +8,7 @@ the same bits. dql.py defines the mathematics; tests/test_kernels.py holds this 
 """
 
 import functools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -162,9 +163,11 @@ def finish(out, bc_sums, critic_sums, q, coin, eta, squares, critic_squares, cou
 ROW_TILE = 16  # rows of a program that holds whole rows
 
 
-def launch(function, grid: tuple, *args, **constants) -> None:
-    """Every launch passes here; a kernel takes those of the constants that it names."""
-    function[grid](*args, **{name: value for name, value in constants.items() if name in function.arg_names})
+def launch(function, grid: tuple, *args, of: dict | None = None, **own) -> None:
+    """Every launch passes here: with its own constants, and those that the kernel names of a network's or its rows'."""
+    shared = {name: value for name, value in (of or {}).items() if name in function.arg_names}
+    with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
+        function[grid](*args, **shared | own)
 
 
 def up(n: int, multiple: int) -> int:
@@ -243,9 +246,9 @@ class Network:
         c, h, slope = rows.constants, rows.h, rows.slope
         grid, tiles = ((n + n2) // c["BM"], c["HID"] // c["BN"], self.groups), n // c["BM"]
         strides = inputs[0].stride(0), inputs[1].stride(0)
-        launch(first_layer, grid, *inputs, bias, self.weight(0)[0], h, slope, first, tiles, i, *strides, **c)
+        launch(first_layer, grid, *inputs, bias, self.weight(0)[0], h, slope, first, tiles, i, *strides, of=c)
         for j in range(1, self.layers):
-            launch(layer, grid, h[:, j - 1], *self.weight(j), h[:, j], slope[:, j], first, tiles, **c)
+            launch(layer, grid, h[:, j - 1], *self.weight(j), h[:, j], slope[:, j], first, tiles, of=c)
 
     def backward(self, rows: "Rows", first: int, n: int, d_out: Tensor | None = None) -> None:
         """dz of every hidden layer, from that of the last or, if given, from that of the output, (K, TRAINED, OUT)."""
@@ -254,7 +257,7 @@ class Network:
         for j in reversed(range(self.layers - (d_out is None))):
             dy = d_out if j == self.layers - 1 else dz[:, j + 1]
             launch(layer_backward, grid, dy, self.weight(j + 1)[0], rows.slope[:, j], dz[:, j], first, dy.stride(0),
-                   OUT=dy.shape[-1], **c | {"BK": min(c["BK"], power(dy.shape[-1]))})  # fmt: skip
+                   OUT=dy.shape[-1], BK=min(c["BK"], power(dy.shape[-1])), of=c)  # fmt: skip
 
     def weight_gradients(self, rows: "Rows", d_out: Tensor, action: Tensor, state: Tensor, bc_step: Tensor) -> None:
         """The trunk's gradients into `partial`, from what `backward` left and the output's, d_out (K, TRAINED, OUT)."""
@@ -263,20 +266,20 @@ class Network:
         if self.layers > 1:
             launch(weight_gradient, ((self.layers - 1) * across**2, *more), dz[:, 1:], h, self.partial, dz.stride(0),
                    DY_LAYER=dz.stride(1), PART_LAYER=self.w[2] - self.w[1], W_AT=self.w[1], B_AT=self.b[1],
-                   OUT=c["HID"], TO=c["T"], **c)  # fmt: skip
+                   OUT=c["HID"], TO=c["T"], of=c)  # fmt: skip
         launch(weight_gradient, (triton.cdiv(OUT, power(OUT)) * across, *more), d_out, h[:, -1], self.partial,
                d_out.stride(0), DY_LAYER=0, PART_LAYER=0, W_AT=self.w[-1], B_AT=self.b[-1], OUT=OUT, TO=power(OUT),
-               **c)  # fmt: skip
+               of=c)  # fmt: skip
         tiles = across * triton.cdiv(c["A"] + c["S"] + c["STEPS"], 32)
         launch(first_weight_gradient, (tiles, *more), dz, action, state, bc_step, self.partial, action.stride(0),
-               W_AT=self.w[0], **c)  # fmt: skip
+               W_AT=self.w[0], of=c)  # fmt: skip
 
     def descend(self, count: Tensor, largest: float, rate: float, every: int, begin: int) -> None:
         """Sums the parts of the gradient; clips, makes Adam's step and moves the average: see `adam`."""
         c, grid = self.constants, (self.constants["BLOCKS"], self.K)
-        launch(sum_parts, grid, self.partial, self.grad, self.squares, **c)
+        launch(sum_parts, grid, self.partial, self.grad, self.squares, of=c)
         launch(adam, grid, *self.weights, self.m, self.v, self.grad, self.squares, self.lr, self.steps, count,
-               LARGEST=largest, RATE=rate, EVERY=every, FROM=begin, **c)  # fmt: skip
+               LARGEST=largest, RATE=rate, EVERY=every, FROM=begin, of=c)  # fmt: skip
 
 
 class Rows:
@@ -367,9 +370,9 @@ class FusedDiffusionQL:
         blocks = triton.cdiv(self.normals, 1024) + triton.cdiv(B, 256)
         launch(draw, (blocks, self.K), self.key, self.step, self.normal, self.index, d.bc_step, d.coin,
                len(dataset.state), self.normal.stride(0), NORMALS=self.normals, LAST=B, GUMBEL=0, COUNTERS=256,
-               **c)  # fmt: skip
+               of=c)  # fmt: skip
         launch(gather, (c["BP"] // ROW_TILE, self.K), self.index, *dataset, *self.batch, C2=power(max(c["A"], c["S"])),
-               **c)  # fmt: skip
+               of=c)  # fmt: skip
         self.update(type(dataset)(*self.batch), d)
         return self.losses
 
@@ -384,7 +387,7 @@ class FusedDiffusionQL:
             critic.forward(q_rows, (batch.action, *inputs), critic.weight(0)[1], 0, c["BP"], c["RP"])
             launch(critic_losses, (tiles, self.K), q_rows.h[:, -1], *critic.weight(-1), q_rows.slope[:, -1],
                    batch.reward, batch.done, self.dq, q_rows.dz[:, -1], self.critic_sums, GAMMA=args.gamma,
-                   **cq)  # fmt: skip
+                   of=cq)  # fmt: skip
             critic.backward(q_rows, 0, c["BP"])
             critic.weight_gradients(q_rows, self.dq, batch.action, batch.state, bc_step)
             critic.descend(self.step, args.grad_norm, args.tau, 1, 0)
@@ -396,16 +399,16 @@ class FusedDiffusionQL:
                 net, source = (policy, rows) if i > 0 else (critic, q_rows)
                 launch(to_action, (tiles, self.K), source.dz, net.weight(0)[0], self.q, draws.coin, self.eta,
                        self.reverse, self.free, self.dx, self.deps, i, FROM_Q=i == 0,
-                       **source.constants | {"TRAINED": c["TRAINED"]})  # fmt: skip
+                       TRAINED=c["TRAINED"], of=source.constants)  # fmt: skip
             policy.backward(rows, first, n, self.deps)
         policy.weight_gradients(rows, self.deps, rows.x[:, c["BP"] :], batch.state, bc_step)
-        launch(time_backward, (self.K,), self.sinusoid, policy.weights, policy.partial, **c, **self.time)
+        launch(time_backward, (self.K,), self.sinusoid, policy.weights, policy.partial, **self.time, of=c)
         policy.descend(self.step, args.grad_norm, 1 - args.average_decay, args.average_every, args.average_from)
         blocks = critic.constants["BLOCKS"]
         launch(finish, (self.K,), self.losses, self.bc_sums, self.critic_sums, self.q, draws.coin, self.eta,
                policy.squares, critic.squares, self.step, policy.steps, critic.steps, HAS_CRITICS=self.has_critics,
                TILES=tiles, TILES2=power(tiles), CRITIC_BLOCKS=blocks,
-               **c | {"BLOCKS2": power(max(blocks, c["BLOCKS"]))})  # fmt: skip
+               BLOCKS2=power(max(blocks, c["BLOCKS"])), of=c)  # fmt: skip
         return self.losses.unbind(1)
 
     def passes(self, rows: Rows) -> list[tuple[int, int, int]]:
@@ -423,22 +426,22 @@ class FusedDiffusionQL:
         tiles, tiles2, first_lr = training * c["BP"] // ROW_TILE, RP // ROW_TILE, self.args.learning_rate
         launch(start, (tiles + tiles2, self.K), x, noise, noise2, action, bc_noise, bc_step, self.forward_scale,
                self.step, policy.lr, self.critic.lr, tiles, noise.stride(0), noise2.stride(0), bc_noise.stride(0),
-               UPDATES=decay_over, RATE=first_lr, RATE2=self.many.critic_learning_rate, **c)  # fmt: skip
+               UPDATES=decay_over, RATE=first_lr, RATE2=self.many.critic_learning_rate, of=c)  # fmt: skip
         both = training and RP > 0  # roles; otherwise the one that the rows have
         launch(time_forward, (c["HID"] // c["T"], self.K * (1 + both)), self.sinusoid, policy.weights, self.table,
-               **c | {"SHIFT": 0 if training else c["SHIFT"]}, **self.time)  # fmt: skip
+               SHIFT=0 if training else c["SHIFT"], **self.time, of=c)  # fmt: skip
         inputs = x[:, training * c["BP"] :], x[:, c["X_SECOND"] :], state, state2, bc_step
         for i, first, n in self.passes(rows):
             policy.forward(rows, inputs, self.table, first, n, RP, i)
             push, push2 = noise[:, self.N - i], noise2[:, self.N - i]
             launch(reverse_step, (n // ROW_TILE + tiles2, self.K), rows.h[:, -1], *policy.weight(-1), x, push, push2,
                    bc_noise, self.reverse, self.free, self.deps, self.bc_sums, first, n // ROW_TILE, i, push.stride(0),
-                   push2.stride(0), bc_noise.stride(0), LIMIT=self.many.policy.max_action, **c)  # fmt: skip
+                   push2.stride(0), bc_noise.stride(0), LIMIT=self.many.policy.max_action, of=c)  # fmt: skip
 
     def q_values(self, rows: Rows, q: Tensor, n: int, gradient: bool) -> None:
         """Q of n rows into q (2 K, n): of the critics, with the gradient of their sum in dz, or of their targets."""
         launch(q_values, (n // ROW_TILE, 2 * self.K), rows.h[:, -1], *self.critic.weight(-1), rows.slope[:, -1], q,
-               rows.dz[:, -1], GRADIENT=gradient, **rows.constants)  # fmt: skip
+               rows.dz[:, -1], GRADIENT=gradient, of=rows.constants)  # fmt: skip
 
     # ------------------------------------------------------------------------- acting
 
@@ -488,5 +491,5 @@ class FusedDiffusionQL:
             self.critic.forward(own.q_rows, (x, x, states, states, self.index), self.critic.weight(0)[1], 0, 0, RP)
             self.q_values(own.q_rows, own.q, RP, False)
         launch(choose, (E, self.K), own.q, draws.gumbel, x, own.out, self.act_count, draws.gumbel.stride(0),
-               TEMPERATURE=self.args.eval_temperature, **own.rows.constants)  # fmt: skip
+               TEMPERATURE=self.args.eval_temperature, of=own.rows.constants)  # fmt: skip
         return own.out
