@@ -79,7 +79,7 @@ def write_curves(file: Path | io.BytesIO, groups: dict[str, Sequence[Rows]], tit
             axes.axhline(paper[0], color="gray", linestyle="--", label=f"paper: {paper[0]}")
         if name == "target_q" and q_range:
             limits = axes.get_ylim()  # the lines are seen once Q comes near them
-            for end in q_range:
+            for end in filter(np.isfinite, q_range):
                 axes.axhline(end, color="gray", linestyle="--")
             axes.set(ylim=limits, title=f"{label}\nrewards allow {q_range[0]:.4g} to {q_range[1]:.4g}")
     figure.axes[0].legend()
