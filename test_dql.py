@@ -261,7 +261,7 @@ def test_bc_loss_is_eq_2(float64):
         angle = i * torch.exp(-torch.arange(8) * math.log(10000) / 7)
         time = policy.time_mlp(torch.cat([angle.sin(), angle.cos()]))
         total += (policy.output(policy.trunk(torch.cat([noisy, time, s]))) - e).square().sum()
-    assert policy.bc_loss(action, state, step, noise).item() == pytest.approx(total.item() / 14, rel=1e-12)
+    assert policy.bc_loss(action, state, step, noise)[0].item() == pytest.approx(total.item() / 14, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -295,7 +295,7 @@ def test_policy_gradient_against_finite_differences(float64):
     scale = agent.critic(batch.state, agent.policy.sample(batch.state, draws.policy_noise))[1].abs().mean()
 
     def loss():
-        bc = agent.policy.bc_loss(batch.action, batch.state, draws.bc_step, draws.bc_noise)
+        bc, *_ = agent.policy.bc_loss(batch.action, batch.state, draws.bc_step, draws.bc_noise)
         return bc - agent.critic(batch.state, agent.policy.sample(batch.state, draws.policy_noise))[0].mean() / scale
 
     generator = torch.Generator().manual_seed(2)

@@ -145,7 +145,7 @@ def test_chains_and_imitation(shape):
         one.load_state_dict(unstack(many.state_dict(), k))
         action = one.policy.sample(batch.state[k], draws.policy_noise[k])
         next_action = one.policy_ema.sample(batch.next_state[k], draws.next_noise[k])
-        bc = one.policy.bc_loss(batch.action[k], batch.state[k], draws.bc_step[k], draws.bc_noise[k])
+        bc, *_ = one.policy.bc_loss(batch.action[k], batch.state[k], draws.bc_step[k], draws.bc_noise[k])
         at = c["X_SECOND"]
         got = fused.rows.x[k, :B], fused.rows.x[k, at : at + B], fused.bc_sums[k].sum() / (B * many.action_dim)
         assert worst(got, (action, next_action, bc)) < 1e-12
