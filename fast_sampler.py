@@ -66,8 +66,8 @@ def choose_path(args: Args, device: torch.device) -> Args:
         raise BadInput(f"--fused (given, or the resumed run's) needs {lacks if on_gpu else '--device cuda and a GPU'}")
     if args.fused and (args.compile or args.hidden_dim % 64 or args.num_steps > 32):
         raise BadInput("--fused goes with --num-steps up to 32 and a --hidden-dim of 64, 128 ..., not with --compile")
-    if args.fused and variants(args):
-        raise BadInput(f"--fused does not compute {variants(args)}: leave out one or the other")
+    if args.fused and (unknown := variants(replace(args, one_step_gradient=False))):
+        raise BadInput(f"--fused does not compute {unknown}: leave out one or the other")
     if args.tf32 and not args.fused:
         raise BadInput("--tf32 is for --fused alone")
     # on an H200 compiling takes 34 s and then saves 1.6 ms of an update's 2.9

@@ -956,9 +956,10 @@ def test_paths_are_chosen_by_device_and_length(monkeypatch):
     for wrong in ({"compile": True}, {"num_steps": 33}, {"hidden_dim": 100}):
         with pytest.raises(BadInput, match="--fused goes with"):
             chosen(gpu, fused=True, **wrong)
-    for name, value in VARIANTS.items():
+    for name in ("critic_layernorm", "num_critics", "pessimism"):
         with pytest.raises(BadInput, match=f"--fused does not compute --{name.replace('_', '-')}:"):
-            chosen(gpu, fused=True, **{name: value})
+            chosen(gpu, fused=True, **{name: VARIANTS[name]})
+    assert chosen(gpu, num_updates=20_000, fused=True, one_step_gradient=True) == captured
     monkeypatch.undo()
     monkeypatch.setattr(fast_sampler.shutil, "which", lambda name: None)
     assert chosen(cpu, num_updates=10**6) == eager
