@@ -413,8 +413,10 @@ class FusedDiffusionQL:
     def passes(self, rows: Rows) -> list[tuple[int, int, int]]:
         """(i, first row, number of rows) of each pass of the first section; the first pass has L_d's rows too."""
         BP, trained, last = rows.constants["BP"], rows.constants["TRAINED"], self.N - 1
-        if trained == BP:  # L_d alone: cloning, or with --one-step-gradient beside the second section's chain
-            return [(i, 0, BP * (i == last)) for i in reversed(range(self.N if rows.constants["RP"] else 1))]
+        if trained == BP and not rows.constants["RP"]:  # cloning: L_d alone
+            return [(0, 0, BP)]
+        if trained == BP:  # --one-step-gradient: L_d, and the second section's chain
+            return [(i, 0, BP * (i == last)) for i in reversed(range(self.N))]
         return [(i, i * BP, (trained > 0) * BP * (2 if i == last else 1)) for i in reversed(range(self.N))]
 
     def denoise(self, rows: Rows, state: Tensor, state2: Tensor, noise: Tensor, noise2: Tensor, action: Tensor,
