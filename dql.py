@@ -42,7 +42,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -151,6 +151,16 @@ class Args:
     average_from: int = 1000
     """updates before the average starts to move"""
 
+    # --- variants, off by default (not in the paper)
+    critic_layernorm: bool = False
+    """LayerNorm in the critics before each Mish (RLPD, arXiv 2302.02948; ReBRAC, 2305.09836, has it after)"""
+    num_critics: int = 2
+    """K, the number of critics; with more than two, Eq. 3 raises their mean"""
+    pessimism: float | None = None
+    """b: Eq. 4 and acting take mean - b std over the K critics (DAC, arXiv 2405.20555). None: their minimum"""
+    one_step_gradient: bool = False
+    """Eq. 3 raises Q of an a^0 estimated from L_d's noisy action in one step, not by the chain (EDP, 2305.20081)"""
+
     # --- evaluation and logging
     eval_every: int | None = None
     """updates between evaluations"""
@@ -256,10 +266,11 @@ class Mish(nn.Module):
         return x * (2 / (1 + torch.sigmoid(-x).square()) - 1)
 
 
-def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers of these widths, Mish between them."""
+def mlp(*widths: int, layernorm: bool = False) -> nn.Sequential:
+    """Linear layers of these widths, Mish between them; with layernorm, LayerNorm before each Mish."""
     layers = [nn.Linear(widths[0], widths[1])]
     for w_in, w_out in pairwise(widths[1:]):
+        layers += [nn.LayerNorm(w_in)] if layernorm else []
         layers += [Mish(), nn.Linear(w_in, w_out)]
     return nn.Sequential(*layers)
 
@@ -314,23 +325,30 @@ class DiffusionPolicy(nn.Module):
 
     def bc_loss(self, action: Tensor, state: Tensor, step: Tensor, noise: Tensor) -> Tensor:
         """L_d, Eq. 2: action (B, A), state (B, S), step (B,) in 0..N-1 with 0 least noisy, noise (B, A) -> ()."""
+        return self.imitate(action, state, step, noise)[0]
+
+    def imitate(self, action: Tensor, state: Tensor, step: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """L_d, (), and the a^0 (B, A) that its noise prediction estimates, clipped as in a reverse step."""
         scale = self.forward_scale.to(action.dtype)[step]
         noisy_action = scale[:, :1] * action + scale[:, 1:] * noise
         time = self.time_mlp(self.sinusoid.to(action.dtype)[step])
-        return F.mse_loss(self.predict_noise(noisy_action, time, state), noise)
+        eps = self.predict_noise(noisy_action, time, state)
+        a0 = (noisy_action - scale[:, 1:] * eps) / scale[:, :1]
+        return F.mse_loss(eps, noise), a0.clamp(-self.max_action, self.max_action)
 
 
 class TwinQ(nn.Module):
-    """Q_1 and Q_2: state (B, S), action (B, A) -> two of (B,)."""
+    """Q_1 .. Q_K, two by default: state (B, S), action (B, A) -> K of (B,)."""
 
-    def __init__(self, state_dim: int, action_dim: int, hidden: Sequence[int] = (256, 256, 256)):
+    def __init__(self, state_dim: int, action_dim: int, hidden: Sequence[int] = (256, 256, 256), num_critics: int = 2,
+                 layernorm: bool = False):  # fmt: skip
         super().__init__()
-        self.q1 = mlp(state_dim + action_dim, *hidden, 1)
-        self.q2 = mlp(state_dim + action_dim, *hidden, 1)
+        for k in range(1, num_critics + 1):
+            self.add_module(f"q{k}", mlp(state_dim + action_dim, *hidden, 1, layernorm=layernorm))
 
-    def forward(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, state: Tensor, action: Tensor) -> tuple[Tensor, ...]:
         x = torch.cat([state, action], -1)
-        return self.q1(x).squeeze(-1), self.q2(x).squeeze(-1)
+        return tuple(q(x).squeeze(-1) for q in self.children())
 
 
 # ----------------------------------------------------------------------------- the algorithm
@@ -352,7 +370,7 @@ class Draws(NamedTuple):
     next_noise: Tensor  # (N + 1, R, A) normal, the chain of the backup's actions
     bc_step: Tensor  # (B,) integers in 0..N-1
     bc_noise: Tensor  # (B, A) normal
-    policy_noise: Tensor  # (N + 1, B, A) normal, the chain of the policy's actions
+    policy_noise: Tensor  # (N + 1, B, A) normal, the chain of the policy's actions (not read with --one-step-gradient)
     coin: Tensor  # () uniform: above 0.5, Q_1 is maximised and |Q_2| normalises
 
 
@@ -370,7 +388,7 @@ class Losses(NamedTuple):
     with --fused, whose kernels know these seven alone.)
     """
 
-    critic: Tensor  # Eq. 4, both critics
+    critic: Tensor  # Eq. 4, all critics
     bc: Tensor  # L_d, Eq. 2
     q: Tensor  # L_q, Eq. 3
     policy: Tensor  # L_d + eta L_q
@@ -397,7 +415,8 @@ class DiffusionQL:
         hidden = args.hidden_layers * (args.hidden_dim,)
         self.policy = DiffusionPolicy(state_dim, action_dim, 1.0, args.num_steps, args.schedule, hidden).to(self.device)
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
-        self.critic = TwinQ(state_dim, action_dim, hidden).to(self.device)
+        critics = hidden, args.num_critics, args.critic_layernorm
+        self.critic = TwinQ(state_dim, action_dim, *critics).to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.policy_opt = self.adam(self.policy, args.learning_rate)
         self.critic_opt = self.adam(self.critic, self.critic_learning_rate)
@@ -456,23 +475,37 @@ class DiffusionQL:
             copies = len(next_noise[0]) // len(batch.state)
             next_action = self.policy_ema.sample(batch.next_state, next_noise)
             qs = self.critic_target(batch.next_state.repeat_interleave(copies, 0), next_action)
-            q1, q2 = (q.view(-1, copies).amax(1) for q in qs)
-            target = batch.reward + (1 - batch.done) * self.args.gamma * torch.min(q1, q2)
-        q1, q2 = self.critic(batch.state, batch.action)
-        return F.mse_loss(q1, target) + F.mse_loss(q2, target), target.mean()
+            q = self.lower_bound([q.view(-1, copies).amax(1) for q in qs])
+            target = batch.reward + (1 - batch.done) * self.args.gamma * q
+        return sum(F.mse_loss(q, target) for q in self.critic(batch.state, batch.action)), target.mean()
+
+    def lower_bound(self, qs: Sequence[Tensor]) -> Tensor:
+        """The minimum of K critics' values, each (B,); with --pessimism b their lower confidence bound, mean - b std.
+
+        The std is the population's, sqrt(mean((Q_k - mean)^2)): with two critics b = 1 is the minimum.
+        """
+        if self.args.pessimism is None:
+            return reduce(torch.minimum, qs)
+        std, mean = torch.std_mean(torch.stack(qs), 0, correction=0)
+        return mean - self.args.pessimism * std
 
     def policy_losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """L_d (Eq. 2) and L_q (Eq. 3; 0 without critics), each ().
 
-        L_q = -mean(Q_i) / mean(|Q_j|) at the policy's own actions; the coin decides which critic is i.
+        L_q = -mean(Q_i) / mean(|Q_j|) at the policy's own actions; the coin decides which critic is i. With more than
+        two, both Q are the mean of all, as in DAC: all are computed anyway, and their mean has the least noise.
         """
-        bc = self.policy.bc_loss(batch.action, batch.state, draws.bc_step, draws.bc_noise)
+        bc, action = self.policy.imitate(batch.action, batch.state, draws.bc_step, draws.bc_noise)
         if not self.has_critics:
             return bc, torch.zeros_like(bc)
-        action = self.policy.sample(batch.state, draws.policy_noise)
-        q1, q2 = self.critic(batch.state, action)
-        q1_is_maximised = draws.coin > 0.5
-        q, other_q = torch.where(q1_is_maximised, q1, q2), torch.where(q1_is_maximised, q2, q1)
+        if not self.args.one_step_gradient:
+            action = self.policy.sample(batch.state, draws.policy_noise)
+        qs = self.critic(batch.state, action)
+        if len(qs) > 2:
+            q = other_q = torch.stack(qs).mean(0)
+        else:
+            q1_is_maximised = draws.coin > 0.5
+            q, other_q = torch.where(q1_is_maximised, *qs), torch.where(q1_is_maximised, *qs[::-1])
         return bc, -q.mean() / other_q.detach().abs().mean()
 
     @torch.no_grad()
@@ -516,7 +549,8 @@ class DiffusionQL:
         action = policy.sample(state, draws.noise)
         if candidates == 1:
             return action
-        q = torch.min(*self.critic_target(state.repeat_interleave(candidates, 0), action)).view(num_states, candidates)
+        q = self.lower_bound(self.critic_target(state.repeat_interleave(candidates, 0), action))
+        q = q.view(num_states, candidates)
         # Gumbel's trick: the argmax of Q / T plus Gumbel noise is a draw from softmax(Q / T)
         chosen = (q + self.args.eval_temperature * draws.gumbel).argmax(1)
         action = action.view(num_states, candidates, action.shape[-1])

@@ -43,7 +43,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from d4rl_tasks import BadInput, reason
 from housekeeping import machine
-from housekeeping.arguments import SIDE_BY_SIDE
+from housekeeping.arguments import SIDE_BY_SIDE, variants
 from housekeeping.ending import out_of_memory
 
 Args = Batch = DiffusionQL = Any  # dql.py's, which are passed in: no file imports it
@@ -66,6 +66,8 @@ def choose_path(args: Args, device: torch.device) -> Args:
         raise BadInput(f"--fused (given, or the resumed run's) needs {lacks if on_gpu else '--device cuda and a GPU'}")
     if args.fused and (args.compile or args.hidden_dim % 64 or args.num_steps > 32):
         raise BadInput("--fused goes with --num-steps up to 32 and a --hidden-dim of 64, 128 ..., not with --compile")
+    if args.fused and (unknown := variants(replace(args, one_step_gradient=False))):
+        raise BadInput(f"--fused does not compute {unknown}: leave out one or the other")
     if args.tf32 and not args.fused:
         raise BadInput("--tf32 is for --fused alone")
     # on an H200 compiling takes 34 s and then saves 1.6 ms of an update's 2.9

@@ -331,7 +331,8 @@ class FusedDiffusionQL:
         self.critic = Network(many.critic, many.critic_target, many.critic_opt, ("q1",), S, A, 0, precision)
         drawn = many.draw([torch.Generator(self.device)] * K)
         R = drawn.next_noise.shape[2] if self.has_critics else 0
-        self.rows = Rows(self.policy, B, self.N + 1 if self.has_critics else 1, R, max(R // B, 1), K)
+        has_chain = self.has_critics and not args.one_step_gradient  # beside L_d's rows
+        self.rows = Rows(self.policy, B, self.N + 1 if has_chain else 1, R, max(R // B, 1), K)
         self.critic_rows = Rows(self.critic, B, 1, R, max(R // B, 1), 2 * K)
 
         new = functools.partial(torch.zeros, dtype=dtype, device=self.device)
@@ -394,12 +395,13 @@ class FusedDiffusionQL:
             critic.forward(q_rows, (rows.x, *inputs), critic.weight(0)[1], 0, c["BP"], 0)
             self.q_values(q_rows, self.q, c["BP"], True)
             critic.backward(q_rows, 0, c["BP"])
-        for i, first, n in reversed(self.passes(rows)):
+        chain = reversed(self.passes(rows)) if c["TRAINED"] > c["BP"] else [(0, 0, c["BP"])]
+        for i, first, n in chain:
             if self.has_critics:
                 net, source = (policy, rows) if i > 0 else (critic, q_rows)
-                launch(to_action, (tiles, self.K), source.dz, net.weight(0)[0], self.q, draws.coin, self.eta,
-                       self.reverse, self.free, self.dx, self.deps, i, FROM_Q=i == 0,
-                       TRAINED=c["TRAINED"], of=source.constants)  # fmt: skip
+                launch(to_action, (tiles, self.K), source.dz, net.weight(0)[0], self.q, draws.coin, self.eta, bc_step,
+                       self.forward_scale, self.reverse, self.free, self.dx, self.deps, i, FROM_Q=i == 0,
+                       ONE_STEP=args.one_step_gradient, TRAINED=c["TRAINED"], of=source.constants)  # fmt: skip
             policy.backward(rows, first, n, self.deps)
         policy.weight_gradients(rows, self.deps, rows.x[:, c["BP"] :], batch.state, bc_step)
         launch(time_backward, (self.K,), self.sinusoid, policy.weights, policy.partial, **self.time, of=c)
@@ -414,8 +416,10 @@ class FusedDiffusionQL:
     def passes(self, rows: Rows) -> list[tuple[int, int, int]]:
         """(i, first row, number of rows) of each pass of the first section; the first pass has L_d's rows too."""
         BP, trained, last = rows.constants["BP"], rows.constants["TRAINED"], self.N - 1
-        if trained == BP:  # cloning: L_d alone
+        if trained == BP and not rows.constants["RP"]:  # cloning: L_d alone
             return [(0, 0, BP)]
+        if trained == BP:  # --one-step-gradient: L_d, and the second section's chain
+            return [(i, 0, BP * (i == last)) for i in reversed(range(self.N))]
         return [(i, i * BP, (trained > 0) * BP * (2 if i == last else 1)) for i in reversed(range(self.N))]
 
     def denoise(self, rows: Rows, state: Tensor, state2: Tensor, noise: Tensor, noise2: Tensor, action: Tensor,
@@ -435,8 +439,9 @@ class FusedDiffusionQL:
             policy.forward(rows, inputs, self.table, first, n, RP, i)
             push, push2 = noise[:, self.N - i], noise2[:, self.N - i]
             launch(reverse_step, (n // ROW_TILE + tiles2, self.K), rows.h[:, -1], *policy.weight(-1), x, push, push2,
-                   bc_noise, self.reverse, self.free, self.deps, self.bc_sums, first, n // ROW_TILE, i, push.stride(0),
-                   push2.stride(0), bc_noise.stride(0), LIMIT=self.many.policy.max_action, of=c)  # fmt: skip
+                   bc_noise, bc_step, self.forward_scale, self.reverse, self.free, self.deps, self.bc_sums, first,
+                   n // ROW_TILE, i, push.stride(0), push2.stride(0), bc_noise.stride(0),
+                   LIMIT=self.many.policy.max_action, ONE_STEP=self.args.one_step_gradient, of=c)  # fmt: skip
 
     def q_values(self, rows: Rows, q: Tensor, n: int, gradient: bool) -> None:
         """Q of n rows into q (2 K, n): of the critics, with the gradient of their sum in dz, or of their targets."""

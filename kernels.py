@@ -257,12 +257,13 @@ def start(x, noise, noise2, action, bc_noise, bc_step, scale, count, lr, lr2, ti
 
 
 @kernel
-def reverse_step(h, w, b, x, noise, noise2, bc_noise, coefficients, free, deps, sums, first, tiles, i, noise_stride,
-                 noise2_stride, bc_stride, H_STRIDE, W_STRIDE, X_STRIDE, TRAINED, SHIFT, SECOND, X_SECOND, IMITATION,
-                 LIMIT, B, BP, R, A, A2, HID, RM, BK, STAGES, PREC):  # fmt: skip
+def reverse_step(h, w, b, x, noise, noise2, bc_noise, bc_step, scale, coefficients, free, deps, sums, first, tiles, i,
+                 noise_stride, noise2_stride, bc_stride, H_STRIDE, W_STRIDE, X_STRIDE, TRAINED, SHIFT, SECOND, X_SECOND,
+                 IMITATION, ONE_STEP, LIMIT, B, BP, R, A, A2, HID, RM, BK, STAGES, PREC):  # fmt: skip
     """The noise predictor's output layer and what follows: a^i -> a^(i-1), or L_d's gradient and sum of squares.
 
     Slot i + 1 of x holds the input of step i, slot 0 the actions. free: 1 where no clipping stops the gradient.
+    ONE_STEP: slot 0's actions are those that L_d's noise predictions estimate (--one-step-gradient).
     """
     m, k = tl.program_id(0), tl.program_id(1)
     lane, a = tl.arange(0, RM), tl.arange(0, A2)
@@ -285,6 +286,14 @@ def reverse_step(h, w, b, x, noise, noise2, bc_noise, coefficients, free, deps, 
         error = tl.where(inside, eps - wanted, 0.0)
         tl.store(deps + (k * TRAINED + rows[:, None]) * A + a[None, :], error * (2 / (B * A)), mask=in_a)
         tl.store(sums + k * (BP // RM) + (row - IMITATION) // RM, tl.sum(error * error))
+        if ONE_STEP:
+            step = tl.load(bc_step + k * B + r, mask=r < B, other=0)
+            noisy = tl.load(x + (rows + BP)[:, None] * A, mask=in_a, other=0.0)
+            a0 = (noisy - tl.load(scale + 2 * step + 1)[:, None] * eps) / tl.load(scale + 2 * step)[:, None]
+            clipped = tl.minimum(tl.maximum(a0, -LIMIT), LIMIT)
+            stops = clipped != a0
+            tl.store(x + r[:, None] * A, clipped, mask=in_a)
+            tl.store(free + (k * TRAINED + rows[:, None]) * A + a[None, :], tl.where(stops, 0.0, 1.0), mask=in_a)
     else:
         if m < tiles:
             r = row % BP + lane
@@ -310,12 +319,12 @@ def reverse_step(h, w, b, x, noise, noise2, bc_noise, coefficients, free, deps, 
 
 
 @kernel
-def to_action(dz, w, q, coin, eta, coefficients, free, dx, deps, i, FROM_Q, SLOPE_STRIDE, W_STRIDE, TRAINED, B, BP, B2,
-              A, A2, A_AT, IN, HID, RM, BK, STAGES, PREC):  # fmt: skip
+def to_action(dz, w, q, coin, eta, bc_step, scale, coefficients, free, dx, deps, i, FROM_Q, ONE_STEP, SLOPE_STRIDE,
+              W_STRIDE, TRAINED, B, BP, B2, A, A2, A_AT, IN, HID, RM, BK, STAGES, PREC):  # fmt: skip
     """dx, the loss's gradient by the action that step i made, and deps, by the noise that step i predicted.
 
     From the first layer of the critic that the coin chose (Eq. 3; dz is of its sum), or of the predictor at step i - 1.
-    TRAINED is the policy's.
+    TRAINED is the policy's. ONE_STEP: it is added to L_d's own gradient by the noise, in deps.
     """
     m, k = tl.program_id(0), tl.program_id(1)
     rows, a = m * RM + tl.arange(0, RM), tl.arange(0, A2)
@@ -341,10 +350,16 @@ def to_action(dz, w, q, coin, eta, coefficients, free, dx, deps, i, FROM_Q, SLOP
         c = coefficients + (i - 1) * 5
         through = tl.load(c + 2) * tl.load(c) * tl.load(free - BP * A, mask=in_a, other=0.0) + tl.load(c + 3)
         acc += through * tl.load(dx, mask=in_a, other=0.0)
-    c = coefficients + i * 5
-    of_eps = -tl.load(c + 1) * tl.load(c + 2) * tl.load(free, mask=in_a, other=0.0) * acc
+    deps += (k * TRAINED + i * BP + rows[:, None]) * A + a[None, :]
+    if ONE_STEP:
+        step = tl.load(bc_step + k * B + rows, mask=rows < B, other=0)
+        m_step = tl.load(scale + 2 * step + 1) / tl.load(scale + 2 * step)
+        of_eps = tl.load(deps, mask=in_a, other=0.0) - m_step[:, None] * tl.load(free, mask=in_a, other=0.0) * acc
+    else:
+        c = coefficients + i * 5
+        of_eps = -tl.load(c + 1) * tl.load(c + 2) * tl.load(free, mask=in_a, other=0.0) * acc
     tl.store(dx, acc, mask=in_a)
-    tl.store(deps + (k * TRAINED + i * BP + rows[:, None]) * A + a[None, :], of_eps, mask=in_a)
+    tl.store(deps, of_eps, mask=in_a)
 
 
 # ----------------------------------------------------------------------------- Q

@@ -42,6 +42,7 @@ can_compile, gpu_compiles = (
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
+VARIANTS = {"critic_layernorm": True, "num_critics": 3, "pessimism": 0.5, "one_step_gradient": True}
 FLOAT64 = {"rtol": 1e-9, "atol": 1e-11}  # for sums in another order, amplified by Adam's division over 100 updates
 
 
@@ -285,30 +286,35 @@ def test_mish_and_its_gradient(compiled, dtype):
 # ----------------------------------------------------------------------------- the update
 
 
+def check_gradient(network: torch.nn.Module, loss: torch.Tensor, again: Callable[[], torch.Tensor]) -> None:
+    """The gradient of a loss, in a random direction for each parameter, is the difference quotient of again()."""
+    grads = torch.autograd.grad(loss, list(network.parameters()))
+    generator = torch.Generator().manual_seed(2)
+    for p, grad in zip(network.parameters(), grads, strict=True):
+        direction = torch.randn(p.shape, generator=generator)
+        values = []
+        with torch.no_grad():
+            for h in (1e-6, -2e-6):
+                p.add_(direction, alpha=h)
+                values.append(again().item())
+            p.add_(direction, alpha=1e-6)
+        slope = (values[0] - values[1]) / 2e-6
+        assert slope == pytest.approx((grad * direction).sum().item(), rel=2e-5, abs=1e-8)
+
+
 def test_policy_gradient_against_finite_differences(float64):
     """Eq. 3's gradient flows through the whole reverse chain, but not through the scale of Q."""
     agent = tiny_agent(eta=1.0)
     batch, draws = random_batch(agent), agent.draw(torch.Generator().manual_seed(1))
     draws = draws._replace(coin=torch.tensor(1.0))
     bc, q = agent.policy_losses(batch, draws)
-    grads = torch.autograd.grad(bc + q, list(agent.policy.parameters()))
     scale = agent.critic(batch.state, agent.policy.sample(batch.state, draws.policy_noise))[1].abs().mean()
 
     def loss():
         bc = agent.policy.bc_loss(batch.action, batch.state, draws.bc_step, draws.bc_noise)
         return bc - agent.critic(batch.state, agent.policy.sample(batch.state, draws.policy_noise))[0].mean() / scale
 
-    generator = torch.Generator().manual_seed(2)
-    for p, grad in zip(agent.policy.parameters(), grads, strict=True):
-        direction = torch.randn(p.shape, generator=generator)
-        values = []
-        with torch.no_grad():
-            for h in (1e-6, -2e-6):
-                p.add_(direction, alpha=h)
-                values.append(loss().item())
-            p.add_(direction, alpha=1e-6)
-        slope = (values[0] - values[1]) / 2e-6
-        assert slope == pytest.approx((grad * direction).sum().item(), rel=2e-5, abs=1e-8)
+    check_gradient(agent.policy, bc + q, loss)
 
 
 def test_coin_chooses_the_critic(float64):
@@ -440,6 +446,104 @@ def test_every_draw_has_its_distribution():
     assert distance(coins, lambda x: x.clamp(0, 1)) < 2
 
 
+# ----------------------------------------------------------------------------- variants
+
+
+def test_critic_layernorm_by_hand(float64):
+    """Critics and targets: W_3 mish(LN(W_2 mish(LN(W_1 x)))), with LayerNorm's mean and variance over the layer."""
+    agent = tiny_agent(critic_layernorm=True, hidden_dim=4, hidden_layers=2)
+    generator, batch = torch.Generator().manual_seed(0), random_batch(agent)
+    x = torch.cat([batch.state, batch.action], 1).numpy()
+    for critic in (agent.critic, agent.critic_target):
+        for p in critic.parameters():
+            p.data.copy_(torch.randn(p.shape, generator=generator))
+        parameters, got = critic.state_dict(), critic(batch.state, batch.action)
+        for k in range(2):
+            w = [p.numpy() for name, p in parameters.items() if name.startswith(f"q{k + 1}.")]
+            h = x
+            for weight, bias, scale, shift in (w[:4], w[4:8]):
+                z = h @ weight.T + bias
+                centred = z - z.mean(1, keepdims=True)
+                z = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5) * scale + shift
+                h = z * np.tanh(np.log1p(np.exp(z)))
+            np.testing.assert_allclose(got[k].detach(), (h @ w[8].T + w[9])[:, 0], rtol=1e-10)
+    assert not any(isinstance(part, torch.nn.LayerNorm) for part in agent.policy.modules())
+
+
+@pytest.mark.parametrize("copies", [1, 10])
+@pytest.mark.parametrize("pessimism", [None, 0.0, 0.7])
+def test_three_critics_by_hand(pessimism, copies, float64):
+    """Eq. 4 with the minimum or the lower bound of three, a loss for each; Eq. 3 with their mean, whatever the coin."""
+    agent = tiny_agent(num_critics=3, pessimism=pessimism, max_q_backup=copies > 1, gamma=0.9)
+    for target, p in zip(agent.critic_target.parameters(), agent.critic.parameters(), strict=True):
+        target.data.copy_(2 * p)
+    batch, draws = random_batch(agent), agent.draw(torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        next_action = agent.policy_ema.sample(batch.next_state, draws.next_noise)
+        next_q = agent.critic_target(batch.next_state.repeat_interleave(copies, 0), next_action)
+        next_q = np.stack(next_q).reshape(3, 8, copies).max(2)
+        q, own_q = (np.stack(agent.critic(batch.state, action)) for action in
+                    (batch.action, agent.policy.sample(batch.state, draws.policy_noise)))  # fmt: skip
+    mean = next_q.sum(0) / 3
+    bound = next_q.min(0) if pessimism is None else mean - pessimism * np.sqrt(((next_q - mean) ** 2).sum(0) / 3)
+    target = batch.reward.numpy() + (1 - batch.done.numpy()) * 0.9 * bound
+    loss, target_q = agent.critic_loss(batch, draws.next_noise)
+    np.testing.assert_allclose([loss.item(), target_q], [((q - target) ** 2).mean(1).sum(), target.mean()], rtol=1e-10)
+    want = -own_q.mean() / np.abs(own_q.mean(0)).mean()
+    for coin in (0.0, 1.0):
+        got = agent.policy_losses(batch, draws._replace(coin=torch.tensor(coin)))[1]
+        assert got.item() == pytest.approx(want, rel=1e-10)
+
+
+def test_act_takes_the_best_lower_bound():
+    """Of three candidates with Q of (9, 0, 0), (2.5, 2.5, 1) and (1.5, 1.5, 1.5)."""
+    qs = torch.tensor([[9.0, 2.5, 1.5], [0.0, 2.5, 1.5], [0.0, 1.0, 1.5]])
+    for pessimism, want in ((0.0, 0), (0.5, 1), (None, 2), (5.0, 2)):
+        agent = tiny_agent(num_critics=3, pessimism=pessimism, eval_candidates=3, eval_temperature=0.0)
+        agent.policy.sample = lambda state, noise: torch.arange(3.0)[:, None].expand(-1, 2)
+        agent.critic_target = lambda state, action: tuple(qs)
+        assert agent.act(torch.zeros(1, 3), agent.draw_act(1, torch.Generator()))[0, 0] == want
+
+
+def test_two_critics_with_pessimism_1_take_the_minimum(float64):
+    losses, data = [], tiny_data("cpu")
+    for pessimism in (None, 1.0):
+        agent, (generator,) = three_agents(pessimism=pessimism)[0], generators_of("cpu", 1)
+        losses.append([agent.train_step(data, generator) for _ in range(20)])
+    torch.testing.assert_close(*losses, **FLOAT64)
+
+
+@pytest.mark.parametrize("num_critics", [2, 3])
+def test_one_step_gradient_against_finite_differences(num_critics, float64, monkeypatch):
+    """Eq. 3 at EDP's estimate, by hand: no chain, one prediction of noise; its gradient leaves out the scale of Q."""
+    agent = tiny_agent(one_step_gradient=True, num_critics=num_critics)
+    for p in agent.policy.output.parameters():
+        p.data.mul_(5)  # some estimates leave the action range
+    batch, draws = random_batch(agent), agent.draw(torch.Generator().manual_seed(1))
+    draws, policy = draws._replace(coin=torch.tensor(1.0)), agent.policy
+    bar = torch.as_tensor(np.cumprod(1 - beta_schedule("vp", 5).numpy()))[draws.bc_step, None]
+    noisy = bar.sqrt() * batch.action + (1 - bar).sqrt() * draws.bc_noise
+
+    def by_hand() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        eps = policy.predict_noise(noisy, policy.time_mlp(policy.sinusoid[draws.bc_step]), batch.state)
+        a0 = (noisy - (1 - bar).sqrt() * eps) / bar.sqrt()
+        qs = agent.critic(batch.state, torch.min(torch.max(a0, -torch.ones_like(a0)), torch.ones_like(a0)))
+        q, other = qs if num_critics == 2 else 2 * [sum(qs) / 3]
+        return (eps - draws.bc_noise).square().mean(), q.mean(), other.abs().mean(), a0
+
+    with torch.no_grad():
+        bc, q, scale, a0 = by_hand()
+    assert 0.1 < (a0.abs() > 1).double().mean() < 0.9
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "sample", None)
+        calls = []
+        patch.setattr(policy, "predict_noise", lambda *x: calls.append(1) or DiffusionPolicy.predict_noise(policy, *x))
+        losses = agent.policy_losses(batch, draws)
+    assert calls == [1]
+    np.testing.assert_allclose([x.item() for x in losses], [bc, -q / scale], rtol=1e-10)
+    check_gradient(policy, sum(losses), lambda: by_hand()[0] - by_hand()[1] / scale)
+
+
 # ----------------------------------------------------------------------------- acting and evaluation
 
 
@@ -544,7 +648,9 @@ def test_episode_k_is_reset_with_seed_plus_100_plus_k(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("changes", [{}, {"max_q_backup": True, "lr_decay": True, "num_updates": 100}, {"eta": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"max_q_backup": True, "lr_decay": True, "num_updates": 100}, {"eta": 0.0}, VARIANTS]
+)
 def test_replicas_equal_single_agents(changes, device, float64):
     """100 updates of three agents at once, each with its own generator, and acting equal three single runs."""
     agents, data = three_agents(device=device, **changes), tiny_data(device)
@@ -661,10 +767,11 @@ def test_no_foreach_operation_is_compiled(several):
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=can_compile), pytest.param("cuda", marks=[*DEVICES[1].marks, gpu_compiles])]
 )
-def test_compiled_updates_equal_eager(device, float64):
+@pytest.mark.parametrize("changes", [{}, {**VARIANTS, "hidden_layers": 1}])
+def test_compiled_updates_equal_eager(changes, device, float64):
     """torch.compile does not change the results of updating and acting, for one agent and for two at once."""
     data, generator = tiny_data(device), generators_of(device, 1)[0]
-    agents = three_agents(device=device)[:2]
+    agents = three_agents(device=device, **changes)[:2]
     copies = copy.deepcopy(agents)
     for agent in copies:
         compile_agent(agent)
@@ -691,7 +798,9 @@ def test_compiled_updates_equal_eager(device, float64):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("changes", [{}, {"max_q_backup": True, "lr_decay": True, "num_updates": 200}, {"eta": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"max_q_backup": True, "lr_decay": True, "num_updates": 200}, {"eta": 0.0}, VARIANTS]
+)
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_fast_update_equals_eager(replicas, changes, device, float64):
     """Building one changes nothing; 1, 1 and 98 replays give the losses and states of as many eager steps; it follows a
@@ -754,7 +863,9 @@ def tensors_of(state) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_q_backup": True, "lr_decay": True, "num_updates": 9}, {"eta": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"max_q_backup": True, "lr_decay": True, "num_updates": 9}, {"eta": 0.0}, VARIANTS]
+)
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_a_step_waits_for_nothing_and_stays_where_it_is(replicas, changes):
     """Training and acting meet the demands of a capture: the host reads no value, and the state keeps its memory."""
@@ -845,6 +956,10 @@ def test_paths_are_chosen_by_device_and_length(monkeypatch):
     for wrong in ({"compile": True}, {"num_steps": 33}, {"hidden_dim": 100}):
         with pytest.raises(BadInput, match="--fused goes with"):
             chosen(gpu, fused=True, **wrong)
+    for name in ("critic_layernorm", "num_critics", "pessimism"):
+        with pytest.raises(BadInput, match=f"--fused does not compute --{name.replace('_', '-')}:"):
+            chosen(gpu, fused=True, **{name: VARIANTS[name]})
+    assert chosen(gpu, num_updates=20_000, fused=True, one_step_gradient=True) == captured
     monkeypatch.undo()
     monkeypatch.setattr(fast_sampler.shutil, "which", lambda name: None)
     assert chosen(cpu, num_updates=10**6) == eager

@@ -25,6 +25,7 @@ Args = Any  # dql.py's dataclass: nothing here imports dql.py
 FREE = ("resume", "runs_dir", "dataset_path", "device", "track", "wandb_project", "wandb_group", "capture_video",
         "compile", "cudagraphs")  # fmt: skip
 SHORT = {"--lr": "--learning-rate"}
+VARIANTS = ("critic_layernorm", "num_critics", "pessimism", "one_step_gradient")
 SIDE_BY_SIDE = 100  # the most episodes of one seed that an evaluation steps at once
 
 
@@ -115,10 +116,17 @@ def fits(value: object, kind: object) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
+def variants(args: Args) -> str:
+    """The flags of the variants that args switch on, "" if none."""
+    return ", ".join(flag(f.name) for f in fields(args) if f.name in VARIANTS and getattr(args, f.name) != f.default)
+
+
 def check_ranges(args: Args) -> None:
     """Raises BadInput if a number is out of range, or does not go with another."""
     if args.eta == 0 and args.eval_candidates > 1:
         raise BadInput("--eta 0 trains no critics to choose by: leave out --eval-candidates, or give a small --eta")
+    if args.eta == 0 and variants(args):
+        raise BadInput(f"--eta 0 trains no critics: leave out {variants(args)}, or give a small --eta")
     if args.eval_episodes > SIDE_BY_SIDE and args.eval_episodes % SIDE_BY_SIDE:
         raise BadInput(f"--eval-episodes above {SIDE_BY_SIDE} must be a multiple of it, not {args.eval_episodes:,}")
     if args.score_range and not -math.inf < args.score_range[0] < args.score_range[1] < math.inf:
@@ -129,6 +137,8 @@ def check_ranges(args: Args) -> None:
          lambda v: 1 <= v < 2**31, "at least 1 and below 2^31"),
         ("hidden_dim hidden_layers", lambda v: 1 <= v <= 100_000, "at least 1 and at most 100,000"),
         ("num_steps num_seeds", lambda v: v <= 10_000, "at most 10,000"),
+        ("num_critics", lambda v: 2 <= v <= 1000, "at least 2 and at most 1,000"),
+        ("pessimism", lambda v: v is None or 0 <= v < 1e18, "at least 0 and below 1e18"),
         ("eta grad_norm average_from eval_temperature offline_rank",
          lambda v: 0 <= v < 1e18, "at least 0 and below 1e18"),
         ("seed", lambda v: 0 <= v <= 2**31 - args.num_seeds, "at least 0, and the last of the seeds below 2^31"),

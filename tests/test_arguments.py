@@ -28,6 +28,9 @@ def fails(capsys, *words: str) -> str:
     (["--eta", "nan"], "--eta is nan, it must be"),
     (["--eta", "-1"], "--eta is -1.0, it must be"),
     (["--eta", "0", "--eval-candidates", "50"], "--eta 0 trains no critics"),
+    (["--eta", "0", "--critic-layernorm", "--pessimism", "1"], "leave out --critic-layernorm, --pessimism, or give"),
+    (["--num-critics", "1"], "--num-critics is 1, it must be at least 2"),
+    (["--pessimism", "-1"], "--pessimism is -1.0, it must be at least 0"),
     (["--eval-episodes", "150"], "must be a multiple of it"),
     (["--schedule", "sigmoid"], "'vp', 'linear', 'cosine'"),
     (["--num-steps", "0"], "--num-steps is 0, it must be at least 1"),
@@ -126,7 +129,8 @@ WORDS = [*NUMBERS, "", " ", "\n", "─│", "\udcff", "\0", "--", "-", "-x", "@x
 FLAGS = [f"--{no}{f.name.replace('_', '-')}" for f in fields(Args) for no in ("", "no-")]
 BOUNDS = [
     (1, 2**31 - 1, "num_updates batch_size average_every eval_every eval_episodes eval_candidates log_every"),
-    (1, 10_000, "num_steps num_seeds"), (0, 2**31 - 1, "seed"), (0, 10**18 - 1, "average_from offline_rank"),
+    (1, 10_000, "num_steps num_seeds"), (2, 1000, "num_critics"),
+    (0, 2**31 - 1, "seed"), (0, 10**18 - 1, "average_from offline_rank"),
     (0.0, 1e18, "eta grad_norm eval_temperature"), (1e-300, 1e300, "learning_rate"),
     (0.0, 1.0, "gamma tau average_decay"),
 ]  # fmt: skip

@@ -209,6 +209,10 @@ CASES = {
              "num_steps": 2},
     ),
     "several tiles of columns": (2, {"width": 128, "num_steps": 1}),
+    "one step": (8, {"K": 2, "one_step_gradient": True, "num_steps": 3, "batch_size": 20}),
+    "one step, Max-Q, decay": (
+        4, {"one_step_gradient": True, "max_q_backup": True, "num_steps": 2, "lr_decay": True, "num_updates": 9}
+    ),
     "A = 1, large tiles of rows": (2, {"K": 4, "action_dim": 1, "batch_size": 70, "num_steps": 1}),
 }  # fmt: skip
 

@@ -32,6 +32,7 @@ import dql
 from dql import DiffusionQL
 from housekeeping import folder as folders
 from housekeeping import run as runs_module
+from housekeeping.arguments import VARIANTS
 from housekeeping.folder import seed_folders, start_folder, write_args
 
 
@@ -289,6 +290,28 @@ def test_resume_refuses_what_is_not_the_run(unfinished, run_left_alone, tmp_path
     state = read_torch(unfinished)
     torch.save(state | {"device": "cuda"}, unfinished / "checkpoint.pt")
     bad_input(lambda: resume(unfinished), "ran on cuda")
+
+
+def test_a_run_from_before_the_variants_is_resumed(unfinished, run_left_alone):  # noqa: F811
+    """Its args.json and its checkpoint do not name their flags."""
+    saved, checkpoint = json.loads((unfinished / "args.json").read_text()), read_torch(unfinished)
+    for name in VARIANTS:
+        del saved[name], checkpoint["args"][name]
+    (unfinished / "args.json").write_text(json.dumps(saved))
+    torch.save(checkpoint, unfinished / "checkpoint.pt")
+    resume(unfinished, num_updates=30)
+    assert metrics(unfinished)[: len(metrics(run_left_alone(1)[1]))] == metrics(run_left_alone(1)[1])
+    state = read_torch(unfinished)["agents"][0]["critic"]
+    assert [*state] == [f"q{k}.{layer}.{name}" for k in (1, 2) for layer in (0, 2, 4, 6) for name in ("weight", "bias")]
+
+
+def test_a_run_with_every_variant_is_resumed_and_acts(tmp_path):
+    args = tiny_args(tmp_path, critic_layernorm=True, num_critics=3, pessimism=0.5, one_step_gradient=True)
+    stopped = stop_at(args, 17)
+    resume(stopped)
+    assert_same_end(Path(dql.train(args)["folder"]), stopped)
+    policy = dql.load_policy(stopped, device="cpu")
+    assert policy(np.zeros((5, 11), np.float32)).shape == (5, 3)
 
 
 def test_data_may_have_moved(unfinished, run_left_alone, tmp_path):  # noqa: F811
