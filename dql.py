@@ -62,7 +62,7 @@ import d4rl_tasks
 import fast_sampler
 from d4rl_tasks import BadInput, find_task, load_dataset, make_envs, normalized_score, rendering_env, step_each
 from housekeeping import arguments, checkpoint, evaluating, machine, report
-from housekeeping.acting import Exported, as_policy, export, film
+from housekeeping.acting import as_policy, export, film
 from housekeeping.ending import run_main
 from housekeeping.run import Run
 
@@ -107,11 +107,7 @@ class Args:
     resume: Path | None = None
     """folder of a run to continue exactly, from its last checkpoint; a larger --num-updates extends it"""
     track: bool = False
-    """log to Weights & Biases too (pip install wandb)"""
-    wandb_project: str = "dql"
-    """its project there"""
-    wandb_group: str | None = None
-    """its group there"""
+    """log to Weights & Biases too (pip install wandb; its WANDB_PROJECT and WANDB_RUN_GROUP name project and group)"""
     capture_video: bool = False
     """write a video of one episode after training"""
 
@@ -677,8 +673,8 @@ def train(args: Args, data: dict[str, np.ndarray] | None = None, make_env: Calla
 
     task = find_task(args.env_id, args.env_backend, args.score_range, make_env)
     source = args.dataset_path if data is None else data
-    data, paper = load_dataset(task, source), SETTINGS.get(args.env_id, OTHERS).paper
-    paper = paper if paper and d4rl_tasks.is_published(task, source) else None
+    data = load_dataset(task, source)
+    paper = SETTINGS.get(args.env_id, OTHERS).paper if d4rl_tasks.is_published(task, source) else None
     dataset = make_batch(data, args.reward, device)
     env_seeds = np.add.outer(seeds, 100 + np.arange(args.eval_episodes))
     rounds = np.split(env_seeds, math.ceil(args.eval_episodes / arguments.SIDE_BY_SIDE), axis=1)  # of 100 at most
@@ -766,14 +762,7 @@ def export_policy(run: str | Path, path: str | Path, which: str = "last", **acti
     Raises BadInput.
     """
     agent, kept = load_agent(Path(run), "cpu", which, **acting)
-    noise, gumbel = agent.draw_act(2, torch.Generator())
-    example = torch.zeros(2, agent.state_dim), noise.view(len(noise), *gumbel.shape, -1), gumbel
-
-    def act(states: Tensor, noise: Tensor, gumbel: Tensor) -> Tensor:
-        return agent.act(states, ActDraws(noise.flatten(1, 2), gumbel))
-
-    networks = [agent.policy, agent.policy_ema, agent.critic_target]
-    export(Exported(act, networks, kept.get("action_bounds")), example, Path(path))
+    export(agent, agent.draw_act(2, torch.Generator()), kept.get("action_bounds"), Path(path))
 
 
 def main() -> None:

@@ -47,21 +47,28 @@ def film(policy: Callable, env, seed: int, path: Path) -> None:
 
 
 class Exported(nn.Module):
-    """act (states, noise, gumbel) -> actions, with the networks that it uses and the environment's bounds (2, A)."""
+    """An agent's act as a module: (states, noise, gumbel) -> actions, in the environment's bounds (2, A)."""
 
-    def __init__(self, act: Callable, networks: list[nn.Module], bounds: Tensor | None):
+    def __init__(self, agent, draws: type, bounds: Tensor | None):
         super().__init__()
-        self.act, self.networks = act, nn.ModuleList(networks)
+        self.act, self.draws = agent.act, draws
+        self.networks = nn.ModuleList([agent.policy, agent.policy_ema, agent.critic_target])
         self.register_buffer("bounds", None if bounds is None else bounds.to(torch.get_default_dtype()))
 
     def forward(self, states: Tensor, noise: Tensor, gumbel: Tensor) -> Tensor:
-        actions = self.act(states, noise, gumbel)
+        actions = self.act(states, self.draws(noise.flatten(1, 2), gumbel))
         return actions if self.bounds is None else to_bounds(actions, *self.bounds)
 
 
-def export(policy: Exported, example: tuple[Tensor, ...], path: Path) -> None:
-    """Writes a policy as a torch.export program, for any number of states. Raises BadInput if it cannot be written."""
+def export(agent, draws, bounds: Tensor | None, path: Path) -> None:
+    """Writes an agent's act as a torch.export program, for any number of states. Raises BadInput if that fails.
+
+    draws are those of acting in two or more states; the program's noise has an axis for the states.
+    """
+    shape = len(draws.noise), *draws.gumbel.shape, agent.action_dim
+    example = torch.zeros(shape[1], agent.state_dim), draws.noise.view(shape), draws.gumbel
     states, buffer = torch.export.Dim("states", min=1), io.BytesIO()
-    program = torch.export.export(policy, example, dynamic_shapes=({0: states}, {1: states}, {0: states}))
+    program = torch.export.export(Exported(agent, type(draws), bounds), example,
+                                  dynamic_shapes=({0: states}, {1: states}, {0: states}))  # fmt: skip
     torch.export.save(program, buffer)
     write_whole(path, lambda beside: beside.write_bytes(buffer.getbuffer()))

@@ -22,8 +22,7 @@ from d4rl_tasks import BadInput
 Args = Any  # dql.py's dataclass: nothing here imports dql.py
 
 # What may change when a run is resumed. The data may have been moved: a checksum tells whether they are the same.
-FREE = ("resume", "runs_dir", "dataset_path", "device", "track", "wandb_project", "wandb_group", "capture_video",
-        "compile", "cudagraphs")  # fmt: skip
+FREE = ("resume", "runs_dir", "dataset_path", "device", "track", "capture_video", "compile", "cudagraphs")
 SHORT = {"--lr": "--learning-rate"}
 VARIANTS = ("critic_layernorm", "num_critics", "pessimism", "one_step_gradient")
 SIDE_BY_SIDE = 100  # the most episodes of one seed that an evaluation steps at once

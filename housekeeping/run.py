@@ -1,5 +1,6 @@
 """A run while it trains: where it stands, and what it writes into its folder."""
 
+import os
 import shutil
 import sys
 import time
@@ -109,8 +110,8 @@ class Run:
         before = sorted((self.folder / "wandb").glob("*run-*-*"))  # wandb's folders end with -ID
         again = {"id": before[-1].name.rsplit("-", 1)[1], "resume": "allow"} if before else {}
         try:
-            wandb.init(project=self.args.wandb_project, group=self.args.wandb_group, name=self.folder.name,
-                       dir=self.folder, config=asdict(self.args), sync_tensorboard=True, **again)  # fmt: skip
+            wandb.init(project=os.environ.get("WANDB_PROJECT", "dql"), name=self.folder.name, dir=self.folder,
+                       config=asdict(self.args), sync_tensorboard=True, **again)  # fmt: skip
         except Exception as error:  # it has errors of its own for each way not to be logged in
             raise BadInput(f"--track: {reason(error)}") from None
 
