@@ -179,7 +179,7 @@ def test_settings_are_the_papers():
     """All twenty tasks against the official code's settings and the paper's scores."""
     reference = json.loads((REFERENCE / "paper.json").read_text())
     rewards = {"none": "none", "4 (r - 1/2)": "antmaze", "standardized": "standardize"}
-    assert set(dql.SETTINGS) == set(TASKS) == {*reference["tasks"], "halfcheetah-demo-v0"}
+    assert set(dql.SETTINGS) == set(TASKS) == {*reference["tasks"], "maze-demo-v0", "halfcheetah-demo-v0"}
     for env_id, want in reference["tasks"].items():
         got = dql.SETTINGS[env_id]
         for name in ("eta", "max_q_backup", "grad_norm", "offline_rank", "num_updates"):
