@@ -54,7 +54,8 @@ def float64():
 
 def tiny_agent(state_dim=3, action_dim=2, **args) -> DiffusionQL:
     torch.manual_seed(0)
-    return DiffusionQL(state_dim, action_dim, Args(**{"device": "cpu", "batch_size": 8, **args}))
+    args = {"env_id": "halfcheetah-demo-v0", "device": "cpu", "batch_size": 8, **args}  # for the settings
+    return DiffusionQL(state_dim, action_dim, Args(**args))
 
 
 def random_batch(agent: DiffusionQL, state_dim=3, seed=0) -> Batch:
