@@ -15,7 +15,7 @@ import numpy as np
 
 import dql
 from d4rl_tasks import BadInput, make_envs, normalized_score
-from d4rl_tasks.demo_maze import CELLS, CENTRE, centre_of
+from d4rl_tasks.demo_maze import CELLS, CENTRE, centre_of, move
 from d4rl_tasks.files import DEMO_FILES
 from housekeeping import arguments, ending
 from housekeeping.folder import write_whole
@@ -37,28 +37,27 @@ class Args:
     """the picture to write"""
 
 
-def paths_of_data(n: int) -> list[np.ndarray]:
-    """The places (steps + 1, 2) of n episodes, evenly spaced in the file."""
+def paths_of_data(n: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The places and the actions, each (steps, 2), of n episodes, evenly spaced in the file."""
     with h5py.File(DEMO_FILES / f"{ENV_ID}.hdf5") as file:
-        places, ends = file["observations"][...], file["terminals"][...] | file["timeouts"][...]
-    episodes = np.split(places, np.flatnonzero(ends)[:-1] + 1)
-    chosen = [episodes[k] for k in np.linspace(0, len(episodes) - 1, n).astype(int)]
-    return [np.concatenate([places, places[-1:]]) for places in chosen]  # the file lacks the last place
+        places, actions, *ends = (file[name][...] for name in ("observations", "actions", "terminals", "timeouts"))
+    after = np.flatnonzero(ends[0] | ends[1])[:-1] + 1
+    episodes = list(zip(np.split(places, after), np.split(actions, after), strict=True))
+    return [episodes[k] for k in np.linspace(0, len(episodes) - 1, n).astype(int)]
 
 
-def paths_of_run(folder: Path, n: int) -> list[np.ndarray]:
-    """The places (steps + 1, 2) of n episodes of a run's policy, from the starts of no evaluation during training."""
-    policy, envs = dql.load_policy(folder, device="cpu"), make_envs(ENV_ID, n)
-    paths = [[env.reset(seed=10_000 + k)[0]] for k, env in enumerate(envs)]
-    running = list(range(n))
-    while running:
-        actions = policy(np.stack([paths[k][-1] for k in running]))
-        for k, action in zip(list(running), actions, strict=True):
-            place, _, terminated, truncated, _ = envs[k].step(action)
-            paths[k].append(place)
-            if terminated or truncated:
-                running.remove(k)
-    return [np.array(path) for path in paths]
+def paths_of_run(folder: Path, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The same of n episodes of a run's policy, from starts that no evaluation of that run had."""
+    policy, paths = dql.load_policy(folder, device="cpu"), []
+    for k, env in enumerate(make_envs(ENV_ID, n)):
+        (place, _), ended, places, actions = env.reset(seed=10_000 + k), False, [], []
+        while not ended:
+            places.append(place)
+            actions.append(policy(place))
+            place, _, terminated, truncated, _ = env.step(actions[-1])
+            ended = terminated or truncated
+        paths.append((np.array(places), np.array(actions)))
+    return paths
 
 
 def main(args: Args) -> None:
@@ -71,12 +70,13 @@ def main(args: Args) -> None:
     panels |= {name: paths_of_run(folder, args.episodes) for name, folder in runs.items()}
     figure = Figure((10.5, 3.8), layout="constrained")
     for axes, (name, paths) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        score = np.mean([normalized_score(ENV_ID, 1.0 - len(path)) for path in paths])
+        score = np.mean([normalized_score(ENV_ID, -len(actions)) for _, actions in paths])
         print(f"{name}: {len(paths)} episodes, normalized score {score:.1f}")
         (right, down), walls = CENTRE, CELLS == "#"
         axes.imshow(walls, extent=(-right, right, down, -down), cmap="Greys", vmax=2)
-        for path in paths:
-            axes.plot(*path.T, linewidth=1, alpha=0.5)
+        for path in paths:  # with the places within each step, for the point slides along walls
+            line = np.concatenate([move(place, action) for place, action in zip(*path, strict=True)])
+            axes.plot(*line.T, linewidth=1, alpha=0.5)
         axes.plot(*centre_of("S"), "ko")
         axes.plot(*centre_of("G"), "k*", markersize=12)
         axes.set(title=f"{name}: score {score:.0f}", xticks=[], yticks=[])

@@ -36,6 +36,20 @@ def centre_of(mark: str) -> np.ndarray:
     return np.array([column, row]) + 0.5 - CENTRE
 
 
+def move(place: np.ndarray, action: np.ndarray) -> list[np.ndarray]:
+    """The places that the point passes in one step, SUBSTEPS + 1 with the first."""
+    part, places = REACH / SUBSTEPS * np.clip(np.asarray(action, np.float64), -1, 1), [place]
+    for _ in range(SUBSTEPS):
+        place = place.copy()
+        for axis in range(2):  # a wall stops the motion across it; the motion along it goes on
+            moved = place.copy()
+            moved[axis] += part[axis]
+            if content(moved) != "#":
+                place = moved
+        places.append(place)
+    return places
+
+
 class Maze(gymnasium.Env):
     """States are the place (x, y) as in `content`, actions a move (2,) in [-1, 1] times REACH, which walls stop.
 
@@ -53,13 +67,7 @@ class Maze(gymnasium.Env):
         return self.place.copy(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        part = REACH / SUBSTEPS * np.clip(np.asarray(action, np.float64), -1, 1)
-        for _ in range(SUBSTEPS):
-            for axis in range(2):  # a wall stops the motion across it; the motion along it goes on
-                moved = self.place.copy()
-                moved[axis] += part[axis]
-                if content(moved) != "#":
-                    self.place = moved
+        self.place = move(self.place, action)[-1]
         return self.place.copy(), -1.0, content(self.place) == "G", False, {}
 
     def render(self) -> np.ndarray:
