@@ -3,7 +3,7 @@
 Z. Wang, J. J. Hunt, M. Zhou, "Diffusion Policies as an Expressive Policy Class for Offline Reinforcement Learning",
 ICLR 2023, arXiv 2208.06193. Equation numbers below are the paper's.
 
-    python dql.py                                  # the embedded demo data set
+    python dql.py                                  # the first demo, a maze, with embedded data
     python dql.py --env-id halfcheetah-medium-v2   # the paper's run
     python dql.py --help
 
@@ -77,9 +77,10 @@ class Args:
     """
 
     # --- what to run
-    env_id: str = "halfcheetah-demo-v0"
-    """one of D4RL's twenty tasks (an unknown id lists them), the embedded demo data set, one of OGBench's single tasks
-    (cube-single-play-singletask-v0), or with --dataset-path any that gymnasium makes: Pendulum-v1, module:Env-v0"""
+    env_id: str = "maze-demo-v0"
+    """one of D4RL's twenty tasks (an unknown id lists them), one of the two demos, whose data are embedded, one of
+    OGBench's single tasks (cube-single-play-singletask-v0), or with --dataset-path any that gymnasium makes:
+    Pendulum-v1, module:Env-v0"""
     dataset_path: Path | None = None
     """data to train on instead of the task's own: a D4RL HDF5 file, an .npz file, or the folder of a Minari data set"""
     score_range: tuple[float, float] | None = None
@@ -196,6 +197,7 @@ def _locomotion(grad_norm: float, offline_rank: int, paper: tuple[float, float])
 
 
 SETTINGS = {  # eta, max_q_backup, grad_norm, learning_rate, num_updates, reward, offline_rank, paper's score
+    "maze-demo-v0": Settings(2.0, False, 9.0, 1e-3, 1_500, "none", 0, None, eval_every=500, eval_episodes=50),
     "halfcheetah-demo-v0": Settings(1.0, False, 9.0, 3e-4, 16_000, "none", 0, None, eval_every=8_000, eval_episodes=10),
     "halfcheetah-medium-v2": _locomotion(9.0, 1, (51.1, 0.5)),
     "hopper-medium-v2": _locomotion(9.0, 2, (90.5, 4.6)),

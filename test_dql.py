@@ -55,7 +55,8 @@ def float64():
 
 def tiny_agent(state_dim=3, action_dim=2, **args) -> DiffusionQL:
     torch.manual_seed(0)
-    return DiffusionQL(state_dim, action_dim, Args(**{"device": "cpu", "batch_size": 8, **args}))
+    args = {"env_id": "halfcheetah-demo-v0", "device": "cpu", "batch_size": 8, **args}  # for the settings
+    return DiffusionQL(state_dim, action_dim, Args(**args))
 
 
 def random_batch(agent: DiffusionQL, state_dim=3, seed=0) -> Batch:
@@ -180,7 +181,7 @@ def test_settings_are_the_papers():
     """All twenty tasks against the official code's settings and the paper's scores."""
     reference = json.loads((REFERENCE / "paper.json").read_text())
     rewards = {"none": "none", "4 (r - 1/2)": "antmaze", "standardized": "standardize"}
-    assert set(dql.SETTINGS) == set(TASKS) == {*reference["tasks"], "halfcheetah-demo-v0"}
+    assert set(dql.SETTINGS) == set(TASKS) == {*reference["tasks"], "maze-demo-v0", "halfcheetah-demo-v0"}
     for env_id, want in reference["tasks"].items():
         got = dql.SETTINGS[env_id]
         for name in ("eta", "max_q_backup", "grad_norm", "offline_rank", "num_updates"):

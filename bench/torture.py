@@ -255,8 +255,9 @@ def watch_memory(args: dql.Args) -> dict:
 
 
 def overhead(folder: Path) -> dict:
-    """What a run adds to bare updates of the demo: its loop, in paired blocks; rows and checkpoints by themselves."""
-    args = dql.with_settings(dql.Args(device="cpu", compile=False, cudagraphs=False, runs_dir=folder))
+    """What a run adds to bare updates of a demo: its loop, in paired blocks; rows and checkpoints by themselves."""
+    args = dql.Args("halfcheetah-demo-v0", device="cpu", compile=False, cudagraphs=False, runs_dir=folder)
+    args = dql.with_settings(args)
     device, generators = torch.device("cpu"), [torch.Generator().manual_seed(0)]
     data = load_dataset(args.env_id)
     dataset, agent = dql.make_batch(data, args.reward, device), dql.make_agent(args, 0)
@@ -301,14 +302,15 @@ def overhead(folder: Path) -> dict:
 
 
 def stop_demo(folder: Path) -> dict:
-    """Seconds from SIGTERM, amid updates, to the end of the demo's eager run of 1 and of 3 seeds: medians of three."""
+    """Seconds from SIGTERM, amid updates, to the end of an eager run of 1 and of 3 seeds: medians of three."""
     seconds = {}
     for num_seeds in (1, 3):
         times = []
         for k in range(3):
             runs = folder / f"{num_seeds}-{k}"
             runs.mkdir()
-            child = Child(dql.Args(num_seeds=num_seeds, device="cpu", compile=False, log_every=20, runs_dir=runs))
+            child = Child(dql.Args("halfcheetah-demo-v0", num_seeds=num_seeds, device="cpu", compile=False,
+                                   log_every=20, runs_dir=runs))  # fmt: skip
             while child.alive_after(0.1) and not any(runs.rglob("metrics.csv")):
                 pass
             child.process.terminate()

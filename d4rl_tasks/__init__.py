@@ -1,7 +1,7 @@
 """D4RL's tasks (Fu et al. 2020, arXiv 2004.07219) on maintained packages: data files, environments, reference scores.
 
 `find_task` finds other tasks too: OGBench's, and environments and data of one's own.
-The twenty tasks of the paper's Table 1 and halfcheetah-demo-v0. `load_dataset` returns the arrays of D4RL 1.1's
+The twenty tasks of the paper's Table 1 and two demos. `load_dataset` returns the arrays of D4RL 1.1's
 `qlearning_dataset`; `make_env` returns environments whose single steps equal those of gym, mujoco-py and d4rl.
 Importing this package needs numpy alone; gymnasium, mujoco, h5py, pooch and the classic stack load when they are used.
 """

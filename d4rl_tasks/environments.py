@@ -35,6 +35,8 @@ def make_env(env_id: str | Task, backend: str = "maintained", render_mode: str |
 
     if backend == "d4rl":
         from d4rl_tasks.classic import Classic as Kind
+    elif task.family == "maze":
+        from d4rl_tasks.demo_maze import Maze as Kind
     else:
         from d4rl_tasks.simulators import FAMILIES
 

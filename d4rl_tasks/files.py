@@ -20,8 +20,8 @@ from d4rl_tasks.download import download
 from d4rl_tasks.next_rows import check_next_rows
 from d4rl_tasks.tasks import BadInput, Task, package, task_of
 
-HERE = Path(__file__).parent  # the demo's file is within the package where it is installed, and otherwise beside it
-DEMO_FILE = (HERE if (HERE / "demo").is_dir() else HERE.parent) / "demo" / "halfcheetah-demo-v0.hdf5"
+HERE = Path(__file__).parent  # the demos' files are within the package where it is installed, and otherwise beside it
+DEMO_FILES = (HERE if (HERE / "demo").is_dir() else HERE.parent) / "demo"
 
 
 def load_dataset(env_id: str | Task, path: str | os.PathLike | None = None, backend: str = "maintained") -> dict:
@@ -55,7 +55,7 @@ def load_dataset(env_id: str | Task, path: str | os.PathLike | None = None, back
 def _own_path(task: Task) -> Path:
     """Where the task's data file lies, or will once it is downloaded."""
     if not task.url:
-        return DEMO_FILE
+        return DEMO_FILES / f"{task.family}-demo-v0.hdf5"
     folder = os.environ.get("D4RL_DATASET_DIR") or os.path.join("~", ".d4rl", "datasets")
     return Path(os.path.expanduser(folder)) / task.url.rsplit("/", 1)[1]
 

@@ -33,13 +33,13 @@ def package(name: str) -> types.ModuleType:
 
 
 class Task(NamedTuple):
-    family: str  # whose environment: halfcheetah, hopper, walker2d, antmaze, pen or kitchen
+    family: str  # whose environment: halfcheetah, hopper, walker2d, antmaze, pen, kitchen or maze
     state_dim: int
     action_dim: int
     max_episode_steps: int
     ref_min_score: float  # return of D4RL's random policy, 0 on the normalized scale
     ref_max_score: float  # return of D4RL's expert, 100 on the normalized scale
-    url: str  # of the data file; empty for the demo, whose file comes with this project
+    url: str  # of the data file; empty for the two demos, whose files come with this project
     sha256: str = ""  # of the published file, where known
     # of tasks that are not D4RL's:
     bounds: np.ndarray | None = None  # (2, action_dim), the lowest and the highest action of the environment
@@ -92,6 +92,8 @@ def _tasks() -> dict[str, Task]:
     ):
         add(f"kitchen-{data}-v0", f"kitchen/{file}-v0.hdf5", 60, 9, 280, 0.0, 4.0)
     tasks["halfcheetah-demo-v0"] = tasks["halfcheetah-medium-v2"]._replace(url="")
+    # 0 is an episode that never arrives, 100 the shortest way (bench/make_maze_demo.py)
+    tasks["maze-demo-v0"] = Task("maze", 2, 2, 30, -30.0, -4.0, "")
     return tasks
 
 
@@ -109,6 +111,8 @@ def task_of(env_id: str | Task, backend: str = "maintained") -> Task:
         raise BadInput(f"unknown env id {env_id!r}; {known_ids(env_id)}")
     if backend not in ("maintained", "d4rl"):
         raise BadInput(f"unknown backend {backend!r}: it is 'maintained' or 'd4rl'")
+    if backend == "d4rl" and env_id == "maze-demo-v0":
+        raise BadInput(f"--env-backend d4rl has D4RL's tasks only, not {env_id}")
     return TASKS[env_id]
 
 

@@ -8,7 +8,7 @@ import pytest
 from data_files import HOPPER, bad_input, rows_of, write
 
 from d4rl_tasks import load_dataset, make_env
-from d4rl_tasks.files import DEMO_FILE
+from d4rl_tasks.files import DEMO_FILES
 
 
 def test_classic_backend_that_is_not_installed_is_named(monkeypatch, tmp_path):
@@ -83,4 +83,6 @@ def test_classic_backend_reads_by_d4rl(tmp_path):
     path = tmp_path / "d.hdf5"
     assert load_dataset("pen-human-v1", path, "d4rl") == {"env": "pen-human-v1", "read": str(path)}
     assert load_dataset("halfcheetah-demo-v0", path, "d4rl")["env"] == "halfcheetah-medium-v2"
-    assert load_dataset("halfcheetah-demo-v0", None, "d4rl")["read"] == str(DEMO_FILE)
+    assert load_dataset("halfcheetah-demo-v0", None, "d4rl")["read"] == str(DEMO_FILES / "halfcheetah-demo-v0.hdf5")
+    for call in (load_dataset, make_env):
+        bad_input(lambda call=call: call("maze-demo-v0", backend="d4rl"), "--env-backend d4rl", "maze-demo-v0")

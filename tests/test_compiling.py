@@ -160,7 +160,8 @@ def test_compiled_float32_updates(processor, monkeypatch, nothing_compiled):
 FAULTS = """
 import resource, torch, dql, fast_sampler
 torch.set_num_threads(1)
-args = dql.with_settings(dql.Args(device="cpu", batch_size=64, max_q_backup=True, compile=False, cudagraphs=False))
+args = dql.Args("halfcheetah-demo-v0", device="cpu", batch_size=64, max_q_backup=True, compile=False, cudagraphs=False)
+args = dql.with_settings(args)
 agent, generator = dql.make_agent(args, 0), torch.Generator()
 data = dql.Batch(torch.rand(9, 17), torch.rand(9, 6), torch.rand(9), torch.rand(9, 17), torch.zeros(9))
 updates = fast_sampler.make_steps(args, [agent], data, [generator], [generator])[1]

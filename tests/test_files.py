@@ -118,10 +118,10 @@ def test_loader_reads_the_published_kitchen_file_if_it_is_there():
 
 def test_demo_data_are_read_from_beside_the_module(tmp_path, monkeypatch):
     columns = rows_of(5, state_dim=17, action_dim=6)
-    monkeypatch.setattr(files, "DEMO_FILE", write(tmp_path / "demo.hdf5", columns))
+    write(tmp_path / "halfcheetah-demo-v0.hdf5", columns)
+    monkeypatch.setattr(files, "DEMO_FILES", tmp_path)
     same(load_dataset("halfcheetah-demo-v0"), plain_loop(columns, 1000))
-    monkeypatch.setattr(files, "DEMO_FILE", tmp_path / "gone.hdf5")
-    bad_input(lambda: load_dataset("halfcheetah-demo-v0"), "gone.hdf5", "does not exist")
+    bad_input(lambda: load_dataset("maze-demo-v0"), "maze-demo-v0.hdf5", "does not exist")
 
 
 def test_actions_a_little_beyond_one_are_read_as_d4rl_reads_them(tmp_path):

@@ -320,7 +320,9 @@ def test_what_cannot_fit_into_memory_is_refused_at_once(changes, flag, tmp_path)
 
 def test_the_bound_on_memory_is_below_what_an_update_takes():
     """Or it would refuse what fits: torch's peak for 20,000 rows, by its profiler, is above the bound."""
-    args = dql.with_settings(Args(device="cpu", batch_size=20_000, num_steps=3, compile=False, cudagraphs=False))
+    args = dql.with_settings(Args(
+        env_id="halfcheetah-demo-v0", device="cpu", batch_size=20_000, num_steps=3, compile=False, cudagraphs=False
+    ))  # fmt: skip
     agent, asked = dql.make_agent(args, 0), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "check_memory", lambda flag, value, each, device: asked.append((flag, value * each)))
