@@ -197,7 +197,7 @@ def _locomotion(grad_norm: float, offline_rank: int, paper: tuple[float, float])
 
 
 SETTINGS = {  # eta, max_q_backup, grad_norm, learning_rate, num_updates, reward, offline_rank, paper's score
-    "maze-demo-v0": Settings(2.0, False, 9.0, 1e-3, 1_500, "none", 0, None, eval_every=500, eval_episodes=50),
+    "maze-demo-v0": Settings(2.0, False, 9.0, 1e-3, 1_500, "none", 2, None, eval_every=500, eval_episodes=50),
     "halfcheetah-demo-v0": Settings(1.0, False, 9.0, 3e-4, 16_000, "none", 0, None, eval_every=8_000, eval_episodes=10),
     "halfcheetah-medium-v2": _locomotion(9.0, 1, (51.1, 0.5)),
     "hopper-medium-v2": _locomotion(9.0, 2, (90.5, 4.6)),
