@@ -18,7 +18,7 @@ LIMIT=240 WAIT_FOR="$1/tests.done" timeout 285 "$python" bench/gpu.py "$1" ${2:+
 code=$?
 
 real_run() {
-    flags="--num-seeds 2 --log-every 100 ${FLAGS:---fused --device cuda --num-updates 20000}"
+    flags="--num-seeds 2 --log-every 100 ${FLAGS:---fused --device cuda --num-updates 20000 --eval-every 10000}"
     timeout 40 "$python" dql.py $flags --runs-dir "$1/runs" --run-name whole
     "$python" dql.py $flags --runs-dir "$1/runs" --run-name stopped &
     until [ -s "$1/runs/stopped/metrics.csv" ] || ! kill -0 $! 2> /dev/null; do sleep 0.05; done
