@@ -63,7 +63,7 @@ def _own_path(task: Task) -> Path:
 def _data_file(task: Task) -> Path:
     """The path of the task's data file, which is downloaded if it is not there."""
     path = _own_path(task)
-    if not os.path.exists(path):
+    if task.url and not os.path.exists(path):
         package("h5py")  # nothing is downloaded that could not be read
         download(task.url, path, task.sha256, lambda file: read_hdf5(file, task))
     return path
@@ -149,7 +149,8 @@ def checked(columns: dict[str, Any], task: Task, place: object) -> dict[str, np.
         flat = (*shape[:1], math.prod(shape[1:]))  # what is not D4RL's is flattened
         fits = flat == wanted and task.bounds is not None if name in widths else shape == (*rows, 1)
         if shape != wanted and not fits:
-            raise BadInput(f"{place}: {name} have shape {shape}, those of {task.family} {wanted}: give its data")
+            raise BadInput(f"{place}: {name} have shape {shape} instead of {wanted}, which {task.family} and the other "
+                           "columns need")  # fmt: skip
         if column.dtype.kind not in "biuf":
             raise BadInput(f"{place}: {name} are of type {column.dtype}, not numbers: write them as float32")
     arrays = {}

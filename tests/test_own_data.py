@@ -235,8 +235,8 @@ def test_a_minari_folder_for_an_environment_of_one_s_own(own_id, tmp_path):
 WRONG = {  # the change of a column, and words of the refusal
     "beyond": ({"actions": np.full((12, 2), [5.2, 0.1], "f4")}, ["actions lie in [5.2, 5.2]", "[-3.3, 5.1]"]),
     "below": ({"actions": np.full((12, 2), [0, -1.0], "f4")}, ["[-1, -1] in column 1", "[0, 0.7]", "own bounds"]),
-    "wide": ({"actions": np.zeros((12, 3))}, ["actions have shape (12, 3), those of"]),
-    "states": ({"observations": np.zeros((12, 2, 4))}, ["observations have shape (12, 2, 4), those of"]),
+    "wide": ({"actions": np.zeros((12, 3))}, ["actions have shape (12, 3) instead of (12, 2)"]),
+    "states": ({"observations": np.zeros((12, 2, 4))}, ["observations have shape (12, 2, 4) instead of (12, 6)"]),
     "short": ({"rewards": np.zeros(11)}, ["rewards have shape (11,)"]),
     "nan": ({"rewards": np.full(12, np.nan)}, ["rewards of row 0 are not finite"]),
     "words": ({"rewards": np.array(["one"] * 12)}, ["not numbers"]),
