@@ -719,7 +719,7 @@ def train(args: Args, data: dict[str, np.ndarray] | None = None, make_env: Calla
                 run.check_signals()
         summary = run.summarize()
         if video_env:
-            policy = load_policy(run.seeds[0][0], args.seed, args.device)
+            policy = load_policy(run.seeds[0][0], "last", args.seed, args.device)
             film(policy, video_env, args.seed + 100, run.folder / "video.mp4")
     return summary
 
@@ -742,7 +742,7 @@ def load_agent(run: Path, device: str, which: str, **acting) -> tuple[DiffusionQ
     return agent, kept
 
 
-def load_policy(run: str | Path, seed: int = 0, device: str = "auto", which: str = "last", **acting) -> Callable:
+def load_policy(run: str | Path, which: str = "last", seed: int = 0, device: str = "auto", **acting) -> Callable:
     """A run's trained policy: a function from states (S,) or (E, S), numpy or torch, to actions of the same kind.
 
     which: "last", of the last checkpoint; "best" or "offline", of the evaluation that the run reports by that name.

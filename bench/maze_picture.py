@@ -72,14 +72,15 @@ def main(args: Args) -> None:
     for axes, (name, paths) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         score = np.mean([normalized_score(ENV_ID, -len(actions)) for _, actions in paths])
         print(f"{name}: {len(paths)} episodes, normalized score {score:.1f}")
-        (right, down), walls = CENTRE, CELLS == "#"
-        axes.imshow(walls, extent=(-right, right, down, -down), cmap="Greys", vmax=2)
+        right, down = CENTRE
+        colours = np.full((*CELLS.shape, 3), 255)
+        colours[CELLS == "#"], colours[CELLS == "G"] = 150, (150, 220, 150)
+        axes.imshow(colours, extent=(-right, right, down, -down))
         for path in paths:  # with the places within each step, for the point slides along walls
             line = np.concatenate([move(place, action) for place, action in zip(*path, strict=True)])
             axes.plot(*line.T, linewidth=1, alpha=0.5)
         axes.plot(*centre_of("S"), "ko")
-        axes.plot(*centre_of("G"), "k*", markersize=12)
-        axes.set(title=f"{name}: score {score:.0f}", xticks=[], yticks=[])
+        axes.set(title=f"{name}, {len(paths)} episodes", xticks=[], yticks=[])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(args.out, lambda beside: figure.savefig(beside, dpi=100, format="png"))
 

@@ -1,9 +1,10 @@
 """Draws learning curves of runs, seeds of one setting as one line: mean and spread over seeds.
 
     python bench/plot.py runs/A runs/B              # a line for each run, whose seeds it holds
-    python bench/plot.py runs/* --by eta num-steps  # a line for each task and value of these flags, of all runs
+    python bench/plot.py runs/* --by eta num-steps  # a line for each value of these flags, of all runs
 
-Writes curves.png and curves.csv, the numbers of its lines.
+Writes a picture for each task, curves-ENV.png, and the numbers of all lines, curves.csv. The spread of a single seed's
+score is over its episodes.
 """
 
 import sys
@@ -31,12 +32,12 @@ class Args:
     by: list[str] = field(default_factory=list)
     """flags of dql.py: runs of one task with the same values share a line"""
     out: Path = Path("runs/curves")
-    """folder for curves.png and curves.csv"""
+    """folder for the pictures and curves.csv"""
 
 
-def groups_of(runs: list[Path], by: list[str]) -> tuple[dict[str, list[Rows]], str]:
-    """The rows of each seed in each group, and what a score is. Raises BadInput."""
-    names, groups, scores = [name.lstrip("-").replace("-", "_") for name in by], {}, set()
+def groups_of(runs: list[Path], by: list[str]) -> dict[tuple[str, str], dict[str, list[Rows]]]:
+    """By task and kind of score the groups, and in each the rows of its seeds. Raises BadInput."""
+    names, tasks = [name.lstrip("-").replace("-", "_") for name in by], {}
     if unknown := set(names) - {f.name for f in fields(dql.Args)}:
         raise BadInput(f"--by {', '.join(sorted(unknown))}: dql.py has no such flag")
     for run in runs:
@@ -45,35 +46,40 @@ def groups_of(runs: list[Path], by: list[str]) -> tuple[dict[str, list[Rows]], s
             continue
         args = dql.read_args(run)
         values = [f"{arguments.flag(name)} {getattr(args, name)}" for name in names]
-        group = groups.setdefault(", ".join([args.env_id, *values]) if by else run.resolve().name, [])
+        groups = tasks.setdefault((args.env_id, score_name(args.env_id, args.score_range)), {})
+        group = groups.setdefault(", ".join(values) if by else run.resolve().name, [])
         group += [read_metrics(folder / "metrics.csv") for folder in seed_folders(args, run)]
-        scores.add(score_name(args.env_id, args.score_range))
-    if len(scores) != 1:
-        raise BadInput(f"scores of these runs are {', '.join(sorted(scores)) or 'none'}: draw runs of one kind")
-    return groups, scores.pop()
+    if not tasks:
+        raise BadInput(f"none of these is the folder of a run: {', '.join(map(str, runs))}")
+    return tasks
 
 
-def table(groups: dict[str, list[Rows]]) -> list[dict]:
-    """A row for each evaluation that all seeds of a group have."""
+def table(env_id: str, groups: dict[str, list[Rows]]) -> list[dict]:
+    """A row for each evaluation that all seeds of a group have. Raises BadInput if a group has none."""
     rows = []
     for group, seeds in groups.items():
-        for step, mean, spread in zip(*mean_and_spread(seeds, "score"), strict=True):
-            rows.append({"group": group, "seeds": len(seeds), "step": int(step), "score": mean, "std": spread})
+        steps, means, spreads = mean_and_spread(seeds, "score")
+        if not len(steps):
+            raise BadInput(f"{env_id}, {group}: its {len(seeds)} seeds have no evaluation after the same number of "
+                           "updates: leave some out, or draw them --by num-updates too")  # fmt: skip
+        for step, mean, spread in zip(steps, means, spreads, strict=True):
+            rows.append({"env_id": env_id, "group": group, "seeds": len(seeds), "step": int(step), "score": mean,
+                         "std": spread})  # fmt: skip
+        of = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed, spread over its episodes"
+        print(f"{env_id}, {group}: {mean:.1f} ± {spread:.1f} ({of}, update {step:,})")
     return rows
 
 
 def main(args: Args) -> None:
-    groups, score = groups_of(args.runs, args.by)
-    rows = table(groups)
-    for group in groups:
-        if not (own := [row for row in rows if row["group"] == group]):
-            raise BadInput(f"{group}: its seeds have no evaluation after the same number of updates")
-        last = own[-1]
-        print(f"{group}: {last['score']:.1f} ± {last['std']:.1f} ({last['seeds']} seed(s), update {last['step']:,})")
+    tasks = groups_of(args.runs, args.by)
+    rows = [row for (env_id, _), groups in tasks.items() for row in table(env_id, groups)]
     args.out.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out / "curves.csv", partial(write_metrics, rows=rows))
-    write_whole(args.out / "curves.png", partial(write_curves, groups=groups, title="", score_name=score))
-    print(f"{args.out / 'curves.png'}\n{args.out / 'curves.csv'}")
+    written = [args.out / "curves.csv"]
+    write_whole(written[0], partial(write_metrics, rows=rows))
+    for (env_id, score), groups in tasks.items():
+        written.append(args.out / f"curves-{env_id.replace('/', '-')}.png")
+        write_whole(written[-1], partial(write_curves, groups=groups, title=env_id, score_name=score))
+    print("\n".join(map(str, written)))
 
 
 if __name__ == "__main__":

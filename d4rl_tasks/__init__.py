@@ -17,11 +17,13 @@ from d4rl_tasks.tasks import (
     reason,
     reference_gamma,
     score_name,
+    score_range,
     task_of,
     to_bounds,
 )  # fmt: skip
 
 __all__ = [
     "TASKS", "BadInput", "Task", "find_task", "is_published", "load_dataset", "make_env", "make_envs",
-    "normalized_score", "reason", "reference_gamma", "rendering_env", "score_name", "step_each", "task_of", "to_bounds",
+    "normalized_score", "reason", "reference_gamma", "rendering_env", "score_name", "score_range", "step_each",
+    "task_of", "to_bounds",
 ]  # fmt: skip

@@ -148,9 +148,11 @@ def checked(columns: dict[str, Any], task: Task, place: object) -> dict[str, np.
         shape, wanted = column.shape, shapes[name]
         flat = (*shape[:1], math.prod(shape[1:]))  # what is not D4RL's is flattened
         fits = flat == wanted and task.bounds is not None if name in widths else shape == (*rows, 1)
+        if shape[:1] != rows:
+            raise BadInput(f"{place}: {name} have {shape[0] if shape else 0:,} rows, observations {rows[0]:,}: give as "
+                           "many of each")  # fmt: skip
         if shape != wanted and not fits:
-            raise BadInput(f"{place}: {name} have shape {shape} instead of {wanted}, which {task.family} and the other "
-                           "columns need")  # fmt: skip
+            raise BadInput(f"{place}: {name} have shape {shape} instead of {wanted}: are they {task.family}'s?")
         if column.dtype.kind not in "biuf":
             raise BadInput(f"{place}: {name} are of type {column.dtype}, not numbers: write them as float32")
     arrays = {}

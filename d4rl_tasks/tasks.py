@@ -140,6 +140,11 @@ def score_name(env_id: str, score_range: tuple[float, float] | None = None) -> s
     return "normalized score" if env_id in TASKS or score_range else "return"
 
 
+def score_range(env_id: str, own: tuple[float, float] | None = None) -> tuple[float, float] | None:
+    """The returns of the normalized scores 0 and 100; None where scores are not normalized."""
+    return (TASKS[env_id].ref_min_score, TASKS[env_id].ref_max_score) if env_id in TASKS else own
+
+
 def reference_gamma(env_id: str) -> float:
     """The discount that the task's published results were trained with.
 

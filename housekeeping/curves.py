@@ -66,6 +66,8 @@ def write_curves(file: Path | io.BytesIO, groups: dict[str, Sequence[Rows]], tit
     for axes, (name, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for group, seeds in groups.items():
             step, mean, spread = mean_and_spread(seeds, name)
+            if name in ("critic_loss", "target_q") and not mean.any():  # cloning's, beside others
+                continue
             axes.plot(step, mean, marker="o", markersize=3 if len(step) > 1 else 6, label=group)
             axes.fill_between(step, mean - spread, mean + spread, alpha=0.2)
         axes.set(xlabel="updates", title=label)

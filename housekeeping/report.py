@@ -78,8 +78,9 @@ def report(summary: dict) -> str:
     """The text that ends a run: a summary's scores and the run's folder."""
     seeds = summary.get("num_seeds", 1)
     name = f"seeds {summary['seed']}-{summary['seed'] + seeds - 1}" if seeds > 1 else f"seed {summary['seed']}"
-    score = summary.get("score_is", "normalized score")
-    lines = [f"{summary['env_id']}, {name}, {summary['num_updates']} updates, {score}:"]
+    score, scale = summary.get("score_is", "normalized score"), summary.get("score_range")
+    means = f" (0 is a return of {scale[0]:g}, 100 of {scale[1]:g})" if scale else ""
+    lines = [f"{summary['env_id']}, {name}, {summary['num_updates']:,} updates, {score}{means}:"]
     for name in SELECTIONS:
         it = summary[name]
         of = f"{seeds} seeds"

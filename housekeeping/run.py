@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d4rl_tasks import BadInput, reason, score_name
+from d4rl_tasks import BadInput, reason, score_name, score_range
 from housekeeping import curves, report
 from housekeeping.arguments import Args, as_json
 from housekeeping.checkpoint import all_finite, keep_policy, load, read_checkpoint, remove_policies
@@ -219,7 +219,9 @@ class Run:
         """Writes summary.json, of each seed and, with several, of all, with mean and spread; returns the run's."""
         last, gpu = self.history[0][-1], self.device.type == "cuda"
         common = {
-            "env_id": self.args.env_id, "score_is": self.score_name, "num_updates": last["step"], "paper": self.paper,
+            "env_id": self.args.env_id, "score_is": self.score_name,
+            "score_range": score_range(self.args.env_id, self.args.score_range), "num_updates": last["step"],
+            "paper": self.paper,
             "updates_per_second": last["step"] / last["seconds"], "seconds": last["seconds"],
             "device": torch.cuda.get_device_name(self.device) if gpu else "cpu", "versions": versions(self.device),
             "commit": commit(),

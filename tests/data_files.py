@@ -85,7 +85,7 @@ def whole_life(run, folder, *words):
     assert f"{env_id}, best, 3 episodes of each seed, " in again and (folder / "evaluations.jsonl").exists()
     agent, kept = dql.load_agent(folder, "cpu", "best")
     states, draws = torch.randn(5, agent.state_dim), agent.draw_act(5, torch.Generator().manual_seed(3))
-    actions = dql.load_policy(folder, 3, "cpu", which="best")(states)
+    actions = dql.load_policy(folder, "best", 3, "cpu")(states)
     dql.export_policy(folder, folder / "policy.pt2", "best")
     exported = torch.export.load(folder / "policy.pt2").module()
     noise = draws.noise.view(len(draws.noise), *draws.gumbel.shape, -1)

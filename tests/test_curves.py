@@ -43,8 +43,11 @@ def test_what_a_curve_shows(tmp_path, monkeypatch):
     figures, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k))
     write_curves(tmp_path / "a.png", {"x": [ONE], "y": [TWO]}, "title", "return", (50.0, 1.0), (-100.0, 400.0))
-    write_curves(tmp_path / "b.png", {"x": [[row(20, 4.0, 1.0, 0.0, 0.5, 0.0)]]}, "title", "return")
-    q, cloning = figures
+    cloned = [[row(20, 4.0, 1.0, 0.0, 0.5, 0.0)]]
+    write_curves(tmp_path / "b.png", {"x": cloned}, "title", "return")
+    write_curves(tmp_path / "c.png", {"x": cloned, "y": [ONE]}, "title", "return")
+    q, cloning, both = figures
+    assert [len(axes.lines) for axes in both.axes] == [2, 2, 1, 1]
     assert [axes.get_title().split("\n")[0] for axes in q.axes] == [
         "return", "imitation loss (Eq. 2)", "critics' loss (Eq. 4)", "mean target Q (Eq. 4)"]  # fmt: skip
     scores, _, _, target = q.axes
@@ -72,7 +75,8 @@ def test_runs_are_plotted_in_groups(run_left_alone, tmp_path):  # noqa: F811
     runs = [run_left_alone(n)[1] for n in (1, 2)]
     done = plot(*runs, ROOT, "--out", tmp_path)
     assert done.returncode == 0 and f"skipped, not the folder of a run: {ROOT}" in done.stdout, done.stderr
-    assert done.stdout.endswith(f"{tmp_path / 'curves.png'}\n{tmp_path / 'curves.csv'}\n")
+    picture = tmp_path / "curves-hopper-medium-v2.png"
+    assert done.stdout.endswith(f"{tmp_path / 'curves.csv'}\n{picture}\n") and picture.exists()
     with (tmp_path / "curves.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["group"] == runs[1].name]
     scores = [[row["score"] for row in read_metrics(runs[1] / f"seed-{k}" / "metrics.csv") if row["score"] != ""]
@@ -83,8 +87,8 @@ def test_runs_are_plotted_in_groups(run_left_alone, tmp_path):  # noqa: F811
     done = plot(*runs, "--by", "eta", "--num-steps", "--out", tmp_path)
     assert done.returncode == 2, "--num-steps is no flag of plot.py"
     done = plot(*runs, "--by", "eta", "num-steps", "--out", tmp_path)
-    assert "hopper-medium-v2, --eta 1.0, --num-steps 2: " in done.stdout and "(3 seed(s), update 24)" in done.stdout
-    for words, line in (((tmp_path,), "scores of these runs are none"), ((*runs, "--by", "etta"), "--by etta")):
+    assert "hopper-medium-v2, --eta 1.0, --num-steps 2: " in done.stdout and "(3 seeds, update 24)" in done.stdout
+    for words, line in (((tmp_path,), "none of these is the folder"), ((*runs, "--by", "etta"), "--by etta")):
         done = plot(*words)
         assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1
 

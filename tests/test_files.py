@@ -398,7 +398,7 @@ def test_minari_episodes_of_unequal_columns_are_refused(minari_folder, name, wro
         for k, change in ((0, wrong), (1, -wrong)):
             column = file[f"episode_{k}"][name]
             column.resize(len(column) + change, axis=0)
-    bad_input(lambda: load_dataset(HOPPER, folder), "episode_0", "have shape", "instead of")
+    bad_input(lambda: load_dataset(HOPPER, folder), "episode_0", "rows, observations")
 
 
 def test_minari_folders_that_cannot_be_read(minari_folder, tmp_path):

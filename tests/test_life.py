@@ -99,7 +99,7 @@ def test_policies_are_those_of_the_evaluations_that_are_reported(num_seeds, whol
                 assert_same(getattr(agent, name).state_dict(), states[step][k][name])
             agent.load_state_dict(states[step][k])
             want = agent.act_fresh(torch.as_tensor(STATES, dtype=torch.float32), torch.Generator().manual_seed(3))
-            np.testing.assert_array_equal(dql.load_policy(own, 3, "cpu", which=which)(STATES), want)
+            np.testing.assert_array_equal(dql.load_policy(own, which, 3, "cpu")(STATES), want)
             found.add(step)
         names = {path.name for path in own.glob("evaluation-*")}
         assert {f"evaluation-{summary[which]['step']}.pt" for which in ("best", "offline")} <= names

@@ -111,7 +111,7 @@ def test_a_module_s_environment_is_imported_for_who_names_it_but_not_for_a_file(
              "--runs-dir", tmp_path, "--dataset-path", data, "--score-range", -10, 10, "--num-seeds", 2]  # fmt: skip
     out = run(monkeypatch, capsys, "--env-id", own_id, *words)
     folder = Path(out.splitlines()[-1])
-    assert "4 updates, normalized score:" in out and "own_envs" in sys.modules
+    assert "4 updates, normalized score (0 is a return of -10, 100 of 10):" in out and "own_envs" in sys.modules
     forget()
     for resumed in ([], ["--env-id", "Pendulum-v1"]):
         bad_input(lambda r=resumed: run(monkeypatch, capsys, "--resume", folder, "--num-updates", 6, *r), own_id)
@@ -237,7 +237,7 @@ WRONG = {  # the change of a column, and words of the refusal
     "below": ({"actions": np.full((12, 2), [0, -1.0], "f4")}, ["[-1, -1] in column 1", "[0, 0.7]", "own bounds"]),
     "wide": ({"actions": np.zeros((12, 3))}, ["actions have shape (12, 3) instead of (12, 2)"]),
     "states": ({"observations": np.zeros((12, 2, 4))}, ["observations have shape (12, 2, 4) instead of (12, 6)"]),
-    "short": ({"rewards": np.zeros(11)}, ["rewards have shape (11,)"]),
+    "short": ({"rewards": np.zeros(11)}, ["rewards have 11 rows, observations 12"]),
     "nan": ({"rewards": np.full(12, np.nan)}, ["rewards of row 0 are not finite"]),
     "words": ({"rewards": np.array(["one"] * 12)}, ["not numbers"]),
     "scalar": ({"observations": np.float32(1)}, ["observations are no array"]),
