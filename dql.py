@@ -690,7 +690,7 @@ def train(args: Args, data: dict[str, np.ndarray] | None = None, make_env: Calla
     with run.locked():
         run.restore(agents, generators)
         print(f"{run.folder}: {len(dataset.state):,} transitions, updates {run.step:,} to {args.num_updates:,} "
-              f"of {len(seeds)} seed(s) on {device}, {fast_sampler.path_name(args)}")  # fmt: skip
+              f"of {len(seeds)} seed(s) on {device}, {fast_sampler.path_name(args)}", flush=True)  # fmt: skip
         # by the fastest path: updates(n) is `train_step` n times for each seed's agent, act(states) is `act_fresh`
         agents, updates, act = fast_sampler.make_steps(
             args, agents, dataset, generators, eval_generators, fall_back=not compile_asked

@@ -40,8 +40,8 @@ def recorded(replicas: int = 1, states: int = 0, precision: str = "tf32x3", **ar
     agent = fused.FusedDiffusionQL(many)
     launches, launch = [], fused.launch
 
-    def record(kernel, grid: tuple, *args, **constants) -> None:
-        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    def record(kernel, grid: tuple, *args, of: dict | None = None, **own) -> None:
+        constants = {name: value for name, value in (of or {}).items() if name in kernel.arg_names} | own
         launches.append((kernel, grid, args, constants | ({"PREC": precision} if "PREC" in constants else {})))
 
     fused.launch = record

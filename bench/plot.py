@@ -66,7 +66,7 @@ def table(env_id: str, groups: dict[str, list[Rows]]) -> list[dict]:
             rows.append({"env_id": env_id, "group": group, "seeds": len(seeds), "step": int(step), "score": mean,
                          "std": spread})  # fmt: skip
         of = f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed, spread over its episodes"
-        print(f"{env_id}, {group}: {mean:.1f} ± {spread:.1f} ({of}, update {step:,})")
+        print(f"{env_id}, {group}: {mean:.1f} ± {spread:.1f} ({of}, update {int(step):,})")
     return rows
 
 
