@@ -197,7 +197,7 @@ def _locomotion(grad_norm: float, offline_rank: int, paper: tuple[float, float])
 
 
 SETTINGS = {  # eta, max_q_backup, grad_norm, learning_rate, num_updates, reward, offline_rank, paper's score
-    "maze-demo-v0": Settings(2.0, False, 9.0, 1e-3, 1_500, "none", 2, None, eval_every=500, eval_episodes=50),
+    "maze-demo-v0": Settings(2.0, False, 9.0, 1e-3, 1_500, "none", 0, None, eval_every=500, eval_episodes=50),
     "halfcheetah-demo-v0": Settings(1.0, False, 9.0, 3e-4, 16_000, "none", 0, None, eval_every=8_000, eval_episodes=10),
     "halfcheetah-medium-v2": _locomotion(9.0, 1, (51.1, 0.5)),
     "hopper-medium-v2": _locomotion(9.0, 2, (90.5, 4.6)),
@@ -325,14 +325,17 @@ class DiffusionPolicy(nn.Module):
         """L_d, Eq. 2: action (B, A), state (B, S), step (B,) in 0..N-1 with 0 least noisy, noise (B, A) -> ()."""
         return self.imitate(action, state, step, noise)[0]
 
-    def imitate(self, action: Tensor, state: Tensor, step: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """L_d, (), and the a^0 (B, A) that its noise prediction estimates, clipped as in a reverse step."""
+    def imitate(self, action: Tensor, state: Tensor, step: Tensor, noise: Tensor) -> tuple[Tensor, Callable]:
+        """L_d, (), and a function that gives the a^0 (B, A) estimated by its noise prediction, clipped."""
         scale = self.forward_scale.to(action.dtype)[step]
         noisy_action = scale[:, :1] * action + scale[:, 1:] * noise
         time = self.time_mlp(self.sinusoid.to(action.dtype)[step])
         eps = self.predict_noise(noisy_action, time, state)
-        a0 = (noisy_action - scale[:, 1:] * eps) / scale[:, :1]
-        return F.mse_loss(eps, noise), a0.clamp(-self.max_action, self.max_action)
+
+        def estimate() -> Tensor:
+            return ((noisy_action - scale[:, 1:] * eps) / scale[:, :1]).clamp(-self.max_action, self.max_action)
+
+        return F.mse_loss(eps, noise), estimate
 
 
 class TwinQ(nn.Module):
@@ -493,11 +496,11 @@ class DiffusionQL:
         L_q = -mean(Q_i) / mean(|Q_j|) at the policy's own actions; the coin decides which critic is i. With more than
         two, both Q are the mean of all, as in DAC: all are computed anyway, and their mean has the least noise.
         """
-        bc, action = self.policy.imitate(batch.action, batch.state, draws.bc_step, draws.bc_noise)
+        bc, estimate = self.policy.imitate(batch.action, batch.state, draws.bc_step, draws.bc_noise)
         if not self.has_critics:
             return bc, torch.zeros_like(bc)
-        if not self.args.one_step_gradient:
-            action = self.policy.sample(batch.state, draws.policy_noise)
+        one_step = self.args.one_step_gradient
+        action = estimate() if one_step else self.policy.sample(batch.state, draws.policy_noise)
         qs = self.critic(batch.state, action)
         if len(qs) > 2:
             q = other_q = torch.stack(qs).mean(0)

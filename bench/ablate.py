@@ -1,7 +1,7 @@
 """The effect of N and eta on a task: score, losses and cost over a grid of each, for several seeds (section 5.3).
 
     python bench/ablate.py --env-id hopper-medium-v2 --out bench/results/hopper-medium-v2-ablation
-    python bench/ablate.py --quick --out FOLDER    # the demo data set, a minute: only shows that it works
+    python bench/ablate.py --quick --out FOLDER    # the HalfCheetah demo, a minute: only shows that it works
 
 Each setting is one run of dql.py with all seeds, in FOLDER/runs, evaluated once, after its last update. steps.csv and
 steps.png show all finished runs at the task's eta; eta.csv and eta.png those at N = 5. There is a row for each seed.

@@ -1,4 +1,4 @@
-"""Makes the demo data set: a moderately good HalfCheetah policy with much action noise, in D4RL's HDF5 layout.
+"""Makes the data of halfcheetah-demo-v0: a moderately good policy with much action noise, in D4RL's HDF5 layout.
 
     pip install -r requirements.txt stable-baselines3==2.9.2
     python bench/make_demo.py
@@ -46,7 +46,7 @@ except ImportError:
 
 @dataclass
 class Args:
-    """Makes the demo data set."""
+    """Makes the data of halfcheetah-demo-v0."""
 
     env_id: str = "halfcheetah-demo-v0"
     """the task whose environment is used"""

@@ -20,7 +20,7 @@ import dql
 from d4rl_tasks import BadInput, score_name
 from housekeeping import arguments, ending
 from housekeeping.curves import Rows, mean_and_spread, read_metrics, write_curves, write_metrics
-from housekeeping.folder import seed_folders, write_whole
+from housekeeping.folder import seed_runs, write_whole
 
 
 @dataclass
@@ -37,31 +37,34 @@ class Args:
 
 def groups_of(runs: list[Path], by: list[str]) -> dict[tuple[str, str], dict[str, list[Rows]]]:
     """By task and kind of score the groups, and in each the rows of its seeds. Raises BadInput."""
-    names, tasks = [name.lstrip("-").replace("-", "_") for name in by], {}
+    names, tasks = arguments.named([f"--{name.lstrip('-')}" for name in by]), {}
     if unknown := set(names) - {f.name for f in fields(dql.Args)}:
         raise BadInput(f"--by {', '.join(sorted(unknown))}: dql.py has no such flag")
     for run in runs:
+        if not run.exists():
+            raise BadInput(f"{run} does not exist")
         if not (run / "args.json").exists():  # as runs/* has the folders of other programs too
             print(f"skipped, not the folder of a run: {run}")
             continue
-        args = dql.read_args(run)
-        values = [f"{arguments.flag(name)} {getattr(args, name)}" for name in names]
-        groups = tasks.setdefault((args.env_id, score_name(args.env_id, args.score_range)), {})
-        group = groups.setdefault(", ".join(values) if by else run.resolve().name, [])
-        group += [read_metrics(folder / "metrics.csv") for folder in seed_folders(args, run)]
+        for folder, args in seed_runs(dql.read_args(run), run):
+            values = [f"{arguments.flag(name)} {getattr(args, name)}" for name in names]
+            groups = tasks.setdefault((args.env_id, score_name(args.env_id, args.score_range)), {})
+            group = groups.setdefault(", ".join(values) if by else str(run), [])
+            group.append(read_metrics(folder / "metrics.csv"))
     if not tasks:
         raise BadInput(f"none of these is the folder of a run: {', '.join(map(str, runs))}")
     return tasks
 
 
 def table(env_id: str, groups: dict[str, list[Rows]]) -> list[dict]:
-    """A row for each evaluation that all seeds of a group have. Raises BadInput if a group has none."""
+    """A row for each evaluation that all seeds of a group have; groups that have none are left out."""
     rows = []
-    for group, seeds in groups.items():
+    for group, seeds in list(groups.items()):
         steps, means, spreads = mean_and_spread(seeds, "score")
         if not len(steps):
-            raise BadInput(f"{env_id}, {group}: its {len(seeds)} seeds have no evaluation after the same number of "
-                           "updates: leave some out, or draw them --by num-updates too")  # fmt: skip
+            print(f"left out: {env_id}, {group}: its seeds share no evaluation (draw --by num-updates too)")
+            del groups[group]
+            continue
         for step, mean, spread in zip(steps, means, spreads, strict=True):
             rows.append({"env_id": env_id, "group": group, "seeds": len(seeds), "step": int(step), "score": mean,
                          "std": spread})  # fmt: skip
@@ -73,10 +76,12 @@ def table(env_id: str, groups: dict[str, list[Rows]]) -> list[dict]:
 def main(args: Args) -> None:
     tasks = groups_of(args.runs, args.by)
     rows = [row for (env_id, _), groups in tasks.items() for row in table(env_id, groups)]
+    if not rows:
+        raise BadInput("these runs have made no evaluation yet")
     args.out.mkdir(parents=True, exist_ok=True)
     written = [args.out / "curves.csv"]
     write_whole(written[0], partial(write_metrics, rows=rows))
-    for (env_id, score), groups in tasks.items():
+    for (env_id, score), groups in ((task, groups) for task, groups in tasks.items() if groups):
         written.append(args.out / f"curves-{env_id.replace('/', '-')}.png")
         write_whole(written[-1], partial(write_curves, groups=groups, title=env_id, score_name=score))
     print("\n".join(map(str, written)))

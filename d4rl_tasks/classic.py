@@ -14,7 +14,7 @@ gymnasium = package("gymnasium")
 
 
 def classic_make(env_id: str) -> Any:
-    """gym.make(env_id); the demo's environment is HalfCheetah's."""
+    """gym.make(env_id); that of halfcheetah-demo-v0 is halfcheetah-medium-v2's."""
     try:
         collections.Mapping = collections.abc.Mapping  # d4rl's kitchen looks for it where it was before Python 3.10
         import gym

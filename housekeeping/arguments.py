@@ -34,10 +34,12 @@ def parse(kind: type, argv: list[str], script: str = "dql.py") -> Args:
     switches = {flag(f.name): f.type for f in fields(kind) if f.type in (bool, bool | None)}
     while rest:
         name, value = split(rest.pop(0))
-        if name in switches and value is None and rest and rest[0] in ("True", "False", "None"):
+        if name in switches and value is None and rest and rest[0].lower() in ("true", "false", "none"):
             value = rest.pop(0)
-        if switches.get(name) is bool and value in ("True", "False", "true", "false"):  # as sweeps write it
-            words.append(name if value in ("True", "true") else name.replace("--", "--no-", 1))
+        if name in switches and value is not None:
+            value = value.capitalize()
+        if switches.get(name) is bool and value in ("True", "False"):  # as sweeps write it
+            words.append(name if value == "True" else name.replace("--", "--no-", 1))
         elif value is not None:
             words.append(f"{name}={value}")
         elif switches.get(name) == bool | None:  # tyro wants a value for what may be None
@@ -136,7 +138,7 @@ def check_ranges(args: Args) -> None:
          lambda v: 1 <= v < 2**31, "at least 1 and below 2^31"),
         ("hidden_dim hidden_layers", lambda v: 1 <= v <= 100_000, "at least 1 and at most 100,000"),
         ("num_steps num_seeds", lambda v: v <= 10_000, "at most 10,000"),
-        ("num_critics", lambda v: 2 <= v <= 1000, "at least 2 and at most 1,000"),
+        ("num_critics", lambda v: 2 <= v <= 100, "at least 2 and at most 100"),
         ("pessimism", lambda v: v is None or 0 <= v < 1e18, "at least 0 and below 1e18"),
         ("eta grad_norm average_from eval_temperature offline_rank",
          lambda v: 0 <= v < 1e18, "at least 0 and below 1e18"),

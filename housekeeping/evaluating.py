@@ -61,7 +61,7 @@ def run(argv: list[str], read_args: Callable, load_agent: Callable, evaluate: Ca
     seeds = args.seed + 100 + np.arange(args.eval_episodes)
     rounds = np.split(seeds, -(-args.eval_episodes // SIDE_BY_SIDE))
     video_env = rendering_env(task) if given.capture_video else None
-    envs, agent_seeds, steps, scores, films = make_envs(task, len(rounds[0])), [], [], [], []
+    envs, agent_seeds, steps, scores, policies = make_envs(task, len(rounds[0])), [], [], [], {}
     for path, own in seed_runs(saved, folder):
         agent, kept = load_agent(path, args.device, given.which, **acting)
         if task.widths != (agent.state_dim, agent.action_dim):
@@ -72,10 +72,7 @@ def run(argv: list[str], read_args: Callable, load_agent: Callable, evaluate: Ca
         returns = np.concatenate([evaluate(act, envs, some, device) for some in rounds])
         agent_seeds, steps = [*agent_seeds, own.seed], [*steps, kept["step"]]
         scores.append(normalized_score(task, returns))
-        if video_env:
-            films.append(path / f"video-{given.which}.mp4")
-            policy = as_policy(act, *task.widths, agent.device, kept.get("action_bounds"))
-            film(policy, video_env, int(seeds[0]), films[-1])
+        policies[path / f"video-{given.which}.mp4"] = as_policy(act, *task.widths, device, kept.get("action_bounds"))
     entry = {
         "which": given.which, "seeds": agent_seeds, "steps": steps, "episodes": args.eval_episodes,
         "score_is": score_name(args.env_id, args.score_range), **summary(np.array(scores)),
@@ -88,7 +85,12 @@ def run(argv: list[str], read_args: Callable, load_agent: Callable, evaluate: Ca
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror or error}") from None
-    return "\n".join([text(entry), *map(str, films), str(path)])
+    if video_env:  # last: a film that fails must not cost the scores
+        print(text(entry))
+        for video, policy in policies.items():
+            film(policy, video_env, int(seeds[0]), video)
+        return "\n".join(map(str, (*policies, path)))
+    return f"{text(entry)}\n{path}"
 
 
 def settings(given: Evaluation, saved: Args) -> Args:

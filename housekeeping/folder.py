@@ -75,8 +75,9 @@ def start_folder(args: Args) -> Path:
     parts = [args.env_id.replace("/", "-"), "dql" if args.eta > 0 else "bc", f"{args.seed}{last}"]
     if args.dataset_path:
         parts.insert(2, args.dataset_path.stem[:60])
-    name = args.run_name or "__".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
-    if Path(name).name != name:
+    given = args.run_name is not None
+    name = args.run_name if given else "__".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
+    if Path(name).name != name or name in ("", ".."):
         raise BadInput(f"--run-name is {name!r}, it must be the name of a folder in --runs-dir")
     try:
         args.runs_dir.mkdir(parents=True, exist_ok=True)
@@ -86,10 +87,11 @@ def start_folder(args: Args) -> Path:
                 folder.mkdir()
                 return folder
             except FileExistsError:
-                if args.run_name:
+                if given:
                     raise BadInput(f"{folder} exists: choose another --run-name, or give --resume {folder}") from None
     except OSError as error:
-        raise BadInput(f"cannot make a folder in {args.runs_dir}: {error.strerror}; choose a --runs-dir") from None
+        raise BadInput(f"cannot make a folder in {args.runs_dir}: {error.strerror}; choose another --runs-dir or "
+                       "--run-name") from None  # fmt: skip
 
 
 def write_args(args: Args, folder: Path) -> None:

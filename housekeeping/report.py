@@ -13,6 +13,7 @@ from housekeeping.arguments import Args
 from housekeeping.folder import seed_folders
 
 SELECTIONS = ("last", "best", "offline")  # evaluations that are reported, see `select`
+FILES = ("args.json", "checkpoint.pt", "metrics.csv", "summary.json")  # of every finished run
 
 
 def evaluations(rows: list[dict], args: Args) -> list[dict]:
@@ -59,8 +60,7 @@ def q_range(reward: Tensor, args: Args) -> tuple[float, float]:
 
 def finished(args: Args, folder: Path) -> dict | None:
     """The summary of a run that has made all its updates; None for any other. Says which of its files are missing."""
-    names = ("args.json", "checkpoint.pt", "metrics.csv", "summary.json")
-    files = {path / name for path in (folder, *seed_folders(args, folder)) for name in names}
+    files = {path / name for path in (folder, *seed_folders(args, folder)) for name in FILES}
     if args.capture_video:
         files.add(folder / "video.mp4")
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -91,5 +91,5 @@ def report(summary: dict) -> str:
         mean, std = summary["paper"]
         lines.append(f"  {'paper':8} {mean:6.1f} ± {std:.1f} (5 seeds)")
     folder = Path(summary["folder"])
-    written = sorted(path.name for path in folder.glob("[!.e]*"))  # without events and evaluations
-    return "\n".join([*lines, f"wrote {', '.join(written)} in", str(folder)])
+    files = [name for name in (*FILES, "curve.png", "video.mp4") if (folder / name).exists()]
+    return "\n".join([*lines, f"files: {', '.join(files)}; policies of evaluations: evaluation-STEP.pt", str(folder)])

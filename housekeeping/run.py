@@ -37,6 +37,7 @@ class Run:
                  paper: tuple[float, float] | None, q_range: tuple[float, float]):  # fmt: skip
         self.args, self.device, self.losses, self.paper, self.q_range = args, device, losses, paper, q_range
         self.score_name, self.warned = score_name(args.env_id, args.score_range), set()
+        self.commit = commit()  # now: the working tree may change while the run trains
         self.step = self.kept = 0  # updates made, and those that the last checkpoint holds
         self.sums = torch.zeros(args.num_seeds, len(losses), device=device)  # of losses since the last row
         self.seconds = 0.0  # spent on updates since the last row
@@ -87,8 +88,9 @@ class Run:
             self.writers = [SummaryWriter(path, purge_step=self.step + 1) for path, _ in self.seeds]
             for writer, (_, args) in zip(self.writers, self.seeds, strict=True):
                 values = {name: v if isinstance(v, (int, float, str)) else str(v) for name, v in vars(args).items()}
-                for summary in hparams(values, {"charts/score": 0}):  # its value is the last of that curve
-                    writer.file_writer.add_summary(summary)
+                experiment, begin, _ = hparams(values, {"charts/score": 0})  # its value is the last of that curve
+                writer.file_writer.add_summary(experiment)
+                writer.file_writer.add_summary(begin)
             with self.bar, held_signals() as self.check_signals:
                 try:
                     yield
@@ -107,11 +109,12 @@ class Run:
         """Copies TensorBoard's events to Weights & Biases, to the same run there once resumed. Raises BadInput."""
         import wandb
 
-        before = sorted((self.folder / "wandb").glob("*run-*-*"))  # wandb's folders end with -ID
-        again = {"id": before[-1].name.rsplit("-", 1)[1], "resume": "allow"} if before else {}
+        file = self.folder / "wandb-id.txt"
+        again = {"id": file.read_text(), "resume": "allow"} if file.exists() else {}
         try:
-            wandb.init(project=os.environ.get("WANDB_PROJECT", "dql"), name=self.folder.name, dir=self.folder,
-                       config=asdict(self.args), sync_tensorboard=True, **again)  # fmt: skip
+            run = wandb.init(project=os.environ.get("WANDB_PROJECT", "dql"), name=self.folder.name, dir=self.folder,
+                             config=asdict(self.args), sync_tensorboard=True, **again)  # fmt: skip
+            write_whole(file, lambda beside: beside.write_text(run.id))
         except Exception as error:  # it has errors of its own for each way not to be logged in
             raise BadInput(f"--track: {reason(error)}") from None
 
@@ -177,7 +180,7 @@ class Run:
         """Adds each seed's scores, (K, E) of E episodes, to its row."""
         for row, of_seed in zip(rows, scores, strict=True):
             row |= {"score": float(of_seed.mean()), "score_std": float(of_seed.std())}
-        self.scored = f", {self.score_name} {scores.mean():.1f}"
+        self.scored = f", {self.score_name} {scores.mean():.1f} (update {self.step:,})"
 
     def log(self, rows: list[dict]) -> None:
         """Writes each seed's row to TensorBoard, metrics.csv and, with a score, curve.png; begins the next."""
@@ -224,7 +227,7 @@ class Run:
             "paper": self.paper,
             "updates_per_second": last["step"] / last["seconds"], "seconds": last["seconds"],
             "device": torch.cuda.get_device_name(self.device) if gpu else "cpu", "versions": versions(self.device),
-            "commit": commit(),
+            "commit": self.commit,
         }  # fmt: skip
         summaries = []
         for (folder, args), rows in zip(self.seeds, self.history, strict=True):

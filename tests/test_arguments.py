@@ -77,17 +77,17 @@ def test_flags_that_may_be_none_need_no_value():
     assert arguments.parse(Args, ["--compile", "--seed", "3"]).compile is True
     assert arguments.parse(Args, ["--no-compile"]).compile is False
     assert arguments.parse(Args, ["--cudagraphs", "False", "--max-q-backup"]).cudagraphs is False
+    assert arguments.parse(Args, []).compile is None
 
 
 def test_flags_may_be_written_as_sweeps_write_them():
     for words, want in (
         (["--lr_decay=True", "--lr", "1e-4"], (True, 1e-4)), (["--lr-decay=false", "--lr=2"], (False, 2)),
-        (["--lr_decay", "True"], (True, None)), (["--no-lr-decay"], (False, None)),
+        (["--lr_decay", "true"], (True, None)), (["--no-lr-decay", "--compile=true"], (False, None)),
     ):  # fmt: skip
         args = arguments.parse(Args, words)
         assert (args.lr_decay, args.learning_rate) == want
     assert arguments.named(["--lr=1e-4", "--no-lr_decay", "x"]) == ["learning_rate", "lr_decay"]
-    assert arguments.parse(Args, []).compile is None
 
 
 def test_paths_may_be_under_the_home_folder(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Learning curves and names: what a run writes for people to look at, and bench/plot.py, which compares runs."""
 
 import csv
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -14,7 +16,7 @@ from runs import ROOT, bad_input, random_file, resume, run_left_alone, tiny_args
 import dql
 from d4rl_tasks import files, is_published, task_of
 from housekeeping import curves, machine
-from housekeeping.curves import mean_and_spread, read_metrics, write_curves
+from housekeeping.curves import mean_and_spread, read_metrics, write_curves, write_metrics
 from housekeeping.folder import start_folder
 
 
@@ -78,7 +80,7 @@ def test_runs_are_plotted_in_groups(run_left_alone, tmp_path):  # noqa: F811
     picture = tmp_path / "curves-hopper-medium-v2.png"
     assert done.stdout.endswith(f"{tmp_path / 'curves.csv'}\n{picture}\n") and picture.exists()
     with (tmp_path / "curves.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["group"] == runs[1].name]
+        rows = [row for row in csv.DictReader(file) if row["group"] == str(runs[1])]
     scores = [[row["score"] for row in read_metrics(runs[1] / f"seed-{k}" / "metrics.csv") if row["score"] != ""]
               for k in (0, 1)]  # fmt: skip
     assert [int(row["seeds"]) for row in rows] == [2, 2] and [int(row["step"]) for row in rows] == [12, 24]
@@ -88,7 +90,16 @@ def test_runs_are_plotted_in_groups(run_left_alone, tmp_path):  # noqa: F811
     assert done.returncode == 2, "--num-steps is no flag of plot.py"
     done = plot(*runs, "--by", "eta", "num-steps", "--out", tmp_path)
     assert "hopper-medium-v2, --eta 1.0, --num-steps 2: " in done.stdout and "(3 seeds, update 24)" in done.stdout
-    for words, line in (((tmp_path,), "none of these is the folder"), ((*runs, "--by", "etta"), "--by etta")):
+    done = plot(*runs, "--by", "seed", "lr", "--out", tmp_path)
+    assert re.findall(r"--seed (\d), --learning-rate 0.0003: .*\((\d) seed", done.stdout) == [("0", "2"), ("1", "1")]
+    longer = tmp_path / "longer"
+    shutil.copytree(runs[0], longer)
+    rows = read_metrics(longer / "metrics.csv")
+    write_metrics(longer / "metrics.csv", [{**row, "step": row["step"] + 1} for row in rows])
+    done = plot(runs[0], longer, *runs[1:], "--by", "seed", "--out", tmp_path)
+    assert "left out: hopper-medium-v2, --seed 0: " in done.stdout and "--seed 1: " in done.stdout
+    for words, line in (((tmp_path,), "none of these is the folder"), ((*runs, "--by", "etta"), "--by etta"),
+                        ((tmp_path / "gone",), "gone does not exist")):  # fmt: skip
         done = plot(*words)
         assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1
 
@@ -110,7 +121,8 @@ def test_a_folder_s_name_says_what_was_trained(tmp_path):
     named = dql.replace(args, run_name="mine")
     assert start_folder(named) == tmp_path / "mine"
     bad_input(lambda: start_folder(named), "exists", f"--resume {tmp_path / 'mine'}")
-    bad_input(lambda: start_folder(dql.replace(args, run_name="a/b")), "--run-name")
+    for wrong in ("a/b", "", ".."):
+        bad_input(lambda wrong=wrong: start_folder(dql.replace(args, run_name=wrong)), "--run-name is")
 
 
 def test_the_paper_s_score_stands_beside_the_paper_s_data_only(tmp_path, monkeypatch):
@@ -160,9 +172,9 @@ def test_hyperparameters_are_logged(run_left_alone):  # noqa: F811
 def test_a_resumed_run_goes_on_with_its_own_at_weights_and_biases(tmp_path, monkeypatch):
     given = []
 
-    def init(dir, **options):  # as wandb.init does
+    def init(**options):  # as wandb.init does
         given.append(options)
-        (dir / "wandb" / f"run-20260101_000000-{options.get('id', 'abc123')}").mkdir(parents=True, exist_ok=True)
+        return types.SimpleNamespace(id=options.get("id", "abc-123"))
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     monkeypatch.setattr(curves, "curves_work", lambda: False)
@@ -172,5 +184,5 @@ def test_a_resumed_run_goes_on_with_its_own_at_weights_and_biases(tmp_path, monk
     resume(Path(folder), track=True, num_updates=4)
     first, second = given
     assert first["name"] == "x" and first["config"]["batch_size"] == 16 and "id" not in first
-    assert (second["id"], second["resume"]) == ("abc123", "allow")
+    assert (second["id"], second["resume"]) == ("abc-123", "allow")
     assert first["project"] == second["project"] == "mine"

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from data_files import bad_input
 
+import dql
 from bench import make_maze_demo
 from d4rl_tasks import TASKS, find_task, load_dataset, make_env, make_envs, normalized_score
 from d4rl_tasks.demo_maze import CELLS, REACH, centre_of, content
@@ -107,3 +108,9 @@ def test_pictures_need_no_opengl():
     first = env.render()
     env.step(np.ones(2))
     assert first.shape == (440, 440, 3) and first.dtype == np.uint8 and (env.render() != first).any()
+
+
+def test_a_run_without_flags_is_of_this_maze(tmp_path):
+    args = dql.Args(num_updates=2, batch_size=8, eval_episodes=2, eval_candidates=2, device="cpu", runs_dir=tmp_path)
+    summary = dql.train(args)
+    assert summary["env_id"] == MAZE and summary["score_range"] == (-30, -4) and summary["args"]["eta"] == 2.0

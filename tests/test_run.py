@@ -28,8 +28,12 @@ from housekeeping.run import Run
 SCORED = ("last", "best", "offline")
 
 
-def test_a_run_writes_its_folder(tmp_path):
+def test_a_run_writes_its_folder(tmp_path, capsys):
     summary = dql.train(tiny_args(tmp_path))
+    err = capsys.readouterr().err
+    lines = re.findall(r"^update (\d+) of 30: bc_loss .*, target_q (.*) \(.* updates/s\)$", err, re.M)
+    assert [int(step) for step, _ in lines] == [5, 10, 12, 15, 20, 24, 25, 30]
+    assert ["(update 24)" in line for _, line in lines] == 5 * [False] + [True, True, False]
     folder = Path(summary["folder"])
     names = {p.name for p in folder.iterdir()}
     assert {"args.json", "metrics.csv", "checkpoint.pt", "curve.png", "summary.json"} < names
@@ -45,6 +49,9 @@ def test_a_run_writes_its_folder(tmp_path):
     assert summary["versions"]["torch"] == torch.__version__ and summary["updates_per_second"] > 0
     assert "gpu" not in summary["versions"], "it ran on the CPU"
     assert (folder / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    *_, files, last = report.report(summary).splitlines()
+    assert files.startswith("files: args.json, checkpoint.pt, metrics.csv, summary.json, curve.png; ")
+    assert last == str(folder)
 
 
 def test_metrics_are_means_over_the_updates_since_the_last_row(tmp_path, monkeypatch):
