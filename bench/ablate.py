@@ -29,7 +29,7 @@ from d4rl_tasks import BadInput, load_dataset
 from housekeeping import arguments, ending
 from housekeeping.folder import seed_runs, write_json, write_whole
 from housekeeping.machine import choose_device
-from housekeeping.report import write_metrics
+from housekeeping.curves import write_metrics
 
 
 @dataclass
