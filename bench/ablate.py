@@ -27,9 +27,9 @@ import torch
 import dql
 from d4rl_tasks import BadInput, load_dataset
 from housekeeping import arguments, ending
+from housekeeping.curves import write_metrics
 from housekeeping.folder import seed_runs, write_json, write_whole
 from housekeeping.machine import choose_device
-from housekeeping.curves import write_metrics
 
 
 @dataclass
