@@ -129,6 +129,7 @@ def test_ignored_signals_stay_ignored_and_a_second_one_ends_at_once():
         import os, signal, time
         from housekeeping import ending
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         ending.begin("x.py")
         with ending.held_signals() as check:
             os.kill(os.getpid(), signal.SIGHUP)
