@@ -84,12 +84,22 @@ def rollout(model: "SAC", env: gymnasium.Env, noise: float, seed: int) -> list[n
     return [np.array(column) for column in zip(*rows, strict=True)]
 
 
-def write(path: Path, data: dict[str, np.ndarray], attributes: dict) -> None:
-    """h5py stores no times, so equal data give an equal file."""
-    with h5py.File(path, "w") as f:
-        for name, value in data.items():
-            f.create_dataset(name, data=value, chunks=value.shape, compression="gzip", compression_opts=9, shuffle=True)
-        f.attrs.update(attributes)
+def write(path: Path, episodes: list[list[np.ndarray]], attributes: dict) -> None:
+    """Writes the rows of episodes. h5py stores no times, so equal data give an equal file."""
+    names = ("observations", "actions", "rewards", "terminals", "timeouts")
+    data = {name: np.concatenate(column) for name, column in zip(names, zip(*episodes, strict=True), strict=True)}
+
+    def write_beside(beside: Path) -> None:
+        with h5py.File(beside, "w") as f:
+            for name, value in data.items():
+                value = value if value.dtype == bool else value.astype(np.float32)
+                f.create_dataset(name, data=value, chunks=value.shape, compression="gzip", compression_opts=9,
+                                 shuffle=True)  # fmt: skip
+            f.attrs.update(attributes)
+
+    write_whole(path, write_beside)
+    print(attributes["returns"])
+    print(f"{len(data['rewards']):,} rows, {path.stat().st_size:,} bytes")
 
 
 def main(args: Args) -> None:
@@ -113,9 +123,6 @@ def main(args: Args) -> None:
         score = normalized_score(args.env_id, mean)
         lines += [f"{name}: {chosen.sum()} episodes, return {mean:.1f} +- {std:.1f}, normalized {score:.1f}"]
 
-    names = ("observations", "actions", "rewards", "terminals", "timeouts")
-    data = {name: np.concatenate(column) for name, column in zip(names, zip(*episodes, strict=True), strict=True)}
-    data = {name: value if value.dtype == bool else value.astype(np.float32) for name, value in data.items()}
     modules = (torch, stable_baselines3, gymnasium, mujoco, np, h5py)
     versions = [f"{module.__name__} {module.__version__}" for module in modules]
     attributes = {
@@ -123,9 +130,7 @@ def main(args: Args) -> None:
         "env_id": args.env_id, "seed": args.seed, "noise": args.noise, "returns": "\n".join(lines),
         "versions": ", ".join([f"python {platform.python_version()}", *versions]), "licence": "MIT",
     }  # fmt: skip
-    write_whole(args.out, lambda beside: write(beside, data, attributes))
-    print("\n".join(lines))
-    print(f"{len(data['rewards']):,} rows, {args.out.stat().st_size:,} bytes")
+    write(args.out, episodes, attributes)
 
 
 if __name__ == "__main__":

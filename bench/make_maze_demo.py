@@ -26,7 +26,6 @@ from bench.make_demo import write
 from d4rl_tasks import make_env, normalized_score
 from d4rl_tasks.demo_maze import CELLS, CENTRE, REACH
 from housekeeping import arguments, ending
-from housekeeping.folder import write_whole
 
 ENV_ID = "maze-demo-v0"
 Cell = tuple[int, int]  # (column, row)
@@ -116,16 +115,11 @@ def main(args: Args) -> None:
         f"normalized {normalized_score(ENV_ID, returns.mean()):.1f}, the best "
         f"{normalized_score(ENV_ID, returns.max()):.1f}; {100 * arrived:.0f}% arrive",
     ]
-    names = ("observations", "actions", "rewards", "terminals", "timeouts")
-    data = {name: np.concatenate(column) for name, column in zip(names, zip(*episodes, strict=True), strict=True)}
-    data = {name: value if value.dtype == bool else value.astype(np.float32) for name, value in data.items()}
     attributes = {
         "made_by": "bench/make_maze_demo.py", "env_id": ENV_ID, "seed": args.seed, "noise": args.noise,
         "returns": "\n".join(lines), "versions": f"numpy {np.__version__}, h5py {h5py.__version__}", "licence": "MIT",
     }  # fmt: skip
-    write_whole(args.out, lambda beside: write(beside, data, attributes))
-    print("\n".join(lines))
-    print(f"{len(data['rewards']):,} rows, {args.out.stat().st_size:,} bytes")
+    write(args.out, episodes, attributes)
 
 
 if __name__ == "__main__":
