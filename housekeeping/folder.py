@@ -4,7 +4,7 @@
                                   and evaluation-STEP.pt, the policies that are reported or may yet be
                                   with several seeds, a folder seed-K for each with all of these; then metrics.csv and
                                   curve.png of the whole run are of all seeds, and events are in the seeds' folders
-                                  evaluations.jsonl, if it was evaluated anew
+                                  evaluations.jsonl, if it was evaluated anew; wandb-id.txt, with --track
 """
 
 import io
