@@ -1,29 +1,33 @@
 """The paper's bandit (section 4, Figure 1): which policies represent four modes, and which learn to choose the best.
 
-    python bench/bandit.py                         # writes runs/bandit/
+    python bench/bandit.py                         # the paper's 100,000 updates: hours of a core; writes runs/bandit/
+    python bench/bandit.py --num-updates 2000      # minutes
 
 One state, actions (2,) around four corners, a reward for each corner. Four policies imitate the data: a tanh-Gaussian
 by maximum likelihood, BCQ's conditional VAE, a tanh-Gaussian by BEAR's MMD, and diffusion (Eq. 2). Then four policies
 learn with Q: TD3+BC, BCQ, BEAR and Diffusion-QL (Eq. 3). Every episode ends after its first action, so Q is an action's
-mean reward and does not depend on the policy: it is fitted once, for all four.
+mean reward and does not depend on the policy. TD3+BC, BCQ and BEAR share one that is fitted before them; Diffusion-QL
+is dql.py itself, which fits its own.
 
-policies.png shows these eight, steps.png both diffusion policies for each N, and bandit.json has all in numbers. Data,
-N, schedule and eta are the paper's; networks are dql.py's. Updates are at most a fiftieth of the paper's, at three
-times its learning rate. Diffusion-QL starts from the cloned policy, acts without candidates, and gets fewer updates
-than the other three, since each update costs far more. It settles a little outside the best mode, where the fitted Q
-still rises.
+policies.png shows these eight, steps.png both diffusion policies for each N, and bandit.json has all samples and
+numbers; run again, the program goes on after the last policy in it. Data, N, schedule, eta, learning rate, width, batch
+size and number of updates are those of the official code's run_toy_ql.py; no gradient is clipped and one candidate is
+acted with, as there. It simplifies the other three methods, and its picture of BCQ shows the VAE without BCQ's choice.
 """
 
+import json
 import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -31,7 +35,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 import dql
-from dql import DiffusionQL, TwinQ, mlp
+import fast_sampler
+from d4rl_tasks import BadInput
+from dql import TwinQ, mlp
 from housekeeping import arguments, ending
 from housekeeping.folder import write_json, write_whole
 from housekeeping.machine import versions
@@ -41,8 +47,7 @@ NAMES = ("top left", "bottom left", "top right", "bottom right")
 REWARDS = torch.tensor([3.0, 0.0, 1.5, 5.0])
 RADII = (0.2, 0.3)  # 0.2 is four of a mode's standard deviations; 0.3 includes the square's own corner, 0.28 away
 STEPS = (2, 5, 10, 20, 50)
-ETA, BATCH, LEARNING_RATE, SAMPLES = 2.5, 100, 1e-3, 1000
-UPDATES, Q_UPDATES, DIFFUSION_Q_UPDATES = 1500, 750, 150  # of cloning and Q; of policies that use Q; of Diffusion-QL
+ETA, BATCH, LEARNING_RATE, WIDTH, SAMPLES = 2.5, 100, 3e-4, 128, 1000
 LATENT = 4  # width of the VAE's latents, twice the action's
 
 Sampler = Callable[[int], Tensor]  # n -> n actions (n, 2)
@@ -52,6 +57,8 @@ Sampler = Callable[[int], Tensor]  # n -> n actions (n, 2)
 class Args:
     """The paper's bandit."""
 
+    num_updates: int = 100_000
+    """updates of each policy; the paper's are 1,000 epochs of 100"""
     out: Path = Path("runs/bandit")
     """output folder"""
     seed: int = 0
@@ -99,7 +106,7 @@ class TanhGaussian(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = mlp(1, 256, 256, 4)
+        self.net = mlp(1, WIDTH, WIDTH, 4)
 
     def normal(self, n: int) -> Normal:
         mean, log_std = self.net(torch.zeros(n, 1)).chunk(2, -1)
@@ -109,7 +116,7 @@ class TanhGaussian(nn.Module):
         return self.normal(n).rsample().tanh()
 
 
-def clone_gaussian(data: Data, by: str, num_updates: int = UPDATES) -> TanhGaussian:
+def clone_gaussian(data: Data, by: str, num_updates: int) -> TanhGaussian:
     """Trained by "MLE", without tanh's Jacobian, which does not depend on the parameters, or by "MMD"."""
     policy = TanhGaussian()
     losses = {
@@ -120,9 +127,9 @@ def clone_gaussian(data: Data, by: str, num_updates: int = UPDATES) -> TanhGauss
     return policy
 
 
-def clone_vae(data: Data, num_updates: int = UPDATES) -> Callable[..., Tensor]:
+def clone_vae(data: Data, num_updates: int) -> Callable[..., Tensor]:
     """BCQ's conditional VAE, with BCQ's loss weights. The sampler also takes a bound to which latents are clipped."""
-    encoder, decoder = mlp(3, 256, 256, 2 * LATENT), mlp(1 + LATENT, 256, 256, 2)
+    encoder, decoder = mlp(3, WIDTH, WIDTH, 2 * LATENT), mlp(1 + LATENT, WIDTH, WIDTH, 2)
 
     def loss(action: Tensor, _: Tensor) -> Tensor:
         mean, log_std = encoder(with_state(action)).chunk(2, -1)
@@ -134,16 +141,16 @@ def clone_vae(data: Data, num_updates: int = UPDATES) -> Callable[..., Tensor]:
     return lambda n, bound=math.inf: decoder(with_state(torch.randn(n, LATENT).clamp(-bound, bound))).tanh()
 
 
-def fit_q(data: Data, num_updates: int = UPDATES) -> TwinQ:
+def fit_q(data: Data, num_updates: int) -> TwinQ:
     """Eq. 4 with every action the last of its episode: both critics regress the reward on the action."""
-    q = TwinQ(1, 2)
+    q = TwinQ(1, 2, 3 * (WIDTH,))
     fit(lambda action, r: sum(F.mse_loss(one, r) for one in q(torch.zeros(BATCH, 1), action)), data, num_updates, q)
     return q.requires_grad_(False)
 
 
-def td3_bc(data: Data, q: TwinQ, num_updates: int = Q_UPDATES) -> Sampler:
+def td3_bc(data: Data, q: TwinQ, num_updates: int) -> Sampler:
     """Fujimoto and Gu 2021: a deterministic policy; maximises 2.5 Q_1 / mean |Q_1| minus the squared error to data."""
-    net = mlp(1, 256, 256, 2)
+    net = mlp(1, WIDTH, WIDTH, 2)
 
     def loss(action: Tensor, _: Tensor) -> Tensor:
         own = net(torch.zeros(BATCH, 1)).tanh()
@@ -154,9 +161,9 @@ def td3_bc(data: Data, q: TwinQ, num_updates: int = Q_UPDATES) -> Sampler:
     return lambda n: net(torch.zeros(n, 1)).tanh()
 
 
-def bcq(data: Data, q: TwinQ, vae: Callable[..., Tensor], num_updates: int = Q_UPDATES) -> Sampler:
+def bcq(data: Data, q: TwinQ, vae: Callable[..., Tensor], num_updates: int) -> Sampler:
     """Fujimoto et al. 2019: moves the VAE's actions by at most 0.05 to raise Q_1; acts with the best of 100."""
-    net = mlp(3, 256, 256, 2)
+    net = mlp(3, WIDTH, WIDTH, 2)
 
     def propose(n: int) -> tuple[Tensor, Tensor]:
         action = vae(n, 0.5).detach()
@@ -171,7 +178,7 @@ def bcq(data: Data, q: TwinQ, vae: Callable[..., Tensor], num_updates: int = Q_U
     return policy
 
 
-def bear(data: Data, q: TwinQ, num_updates: int = Q_UPDATES) -> Sampler:
+def bear(data: Data, q: TwinQ, num_updates: int) -> Sampler:
     """Kumar et al. 2019: a tanh-Gaussian maximises the smaller Q; a multiplier keeps its MMD to the data below 0.05."""
     policy = TanhGaussian()
     policy.log_multiplier = nn.Parameter(torch.zeros(()))
@@ -186,26 +193,32 @@ def bear(data: Data, q: TwinQ, num_updates: int = Q_UPDATES) -> Sampler:
     return policy
 
 
-def diffusion(data: Data, num_steps: int, num_updates: int, q: TwinQ | None = None,
-              clone: DiffusionQL | None = None) -> DiffusionQL:  # fmt: skip
-    """Policy steps of Algorithm 1: by Eq. 2 alone or, given critics and a cloned policy to start from, by Eq. 3."""
-    agent = DiffusionQL(1, 2, dql.Args(
-        device="cpu", compile=False, batch_size=BATCH, num_steps=num_steps, eta=ETA if q else 0.0,
-        learning_rate=LEARNING_RATE, eval_candidates=1,
+def diffusion(data: Data, num_steps: int, eta: float, num_updates: int, seed: int = 0,
+              watch: Callable[[int, Sampler], None] = lambda *_: None) -> Sampler:  # fmt: skip
+    """dql.py on these data, eta = 0 for cloning: as all episodes end, the target of Eq. 4 is the reward.
+
+    watch gets the number of updates and the policy, twenty times.
+    """
+    args = dql.with_settings(dql.Args(
+        device="cpu", num_updates=num_updates, num_steps=num_steps, eta=eta, batch_size=BATCH, hidden_dim=WIDTH,
+        learning_rate=LEARNING_RATE, grad_norm=0.0, eval_candidates=1,
     ))  # fmt: skip
-    if q:
-        agent.policy.load_state_dict(clone.policy.state_dict())
-        agent.critic.load_state_dict(q.state_dict())
-    state, done = torch.zeros(BATCH, 1), torch.ones(BATCH)
-    for _ in range(num_updates):
-        index = agent.draw_index(len(data.action), torch.default_generator)
-        batch = dql.Batch(state, data.action[index], data.reward[index], state, done)
-        dql.descend(agent.policy_opt, agent.policy_gradient(batch, agent.draw(torch.default_generator))[0])
-    return agent
+    agent = dql.make_agent(args, seed, (1, 2))
+    if fast_sampler.choose_path(args, agent.device).compile:
+        fast_sampler.compile_agent(agent)
+    state = torch.zeros(len(data.action), 1)
+    dataset = dql.Batch(state, data.action, data.reward, state, torch.ones(len(state)))
+    generator, noise = (torch.Generator().manual_seed(seed + k) for k in range(2))
 
+    @torch.no_grad()
+    def policy(n: int) -> Tensor:
+        return agent.policy.sample(torch.zeros(n, 1), torch.randn(num_steps + 1, n, 2, generator=noise))
 
-def sampler(agent: DiffusionQL) -> Sampler:
-    return lambda n: agent.act_fresh(torch.zeros(n, 1), torch.default_generator)
+    for update in range(1, num_updates + 1):
+        agent.train_step(dataset, generator)
+        if update % math.ceil(num_updates / 20) == 0:
+            watch(update, policy)
+    return policy
 
 
 def numbers(action: Tensor, data: Data) -> dict:
@@ -237,43 +250,69 @@ def draw(path: Path, found: dict[str, Tensor], rows: list[list[str]], data: Data
     figure.savefig(path, format="png", dpi=110)
 
 
+def write_samples(path: Path, samples: dict[str, Tensor]) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, **samples)
+
+
 def main(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the networks are small
     torch.manual_seed(args.seed)
-    start, data, found = time.perf_counter(), make_data(), {}
+    start, data, n = time.perf_counter(), make_data(), args.num_updates
+    path, settings = args.out / "bandit.json", {"seed": args.seed, "num_updates": n}
+    found = json.loads(path.read_text()) if path.exists() else {**settings, "policies": {}}
+    if not settings.items() <= found.items():
+        raise BadInput(f"{path} has results of another --seed or --num-updates: give another --out")
+    policies, samples = found["policies"], {}
+    if policies:
+        samples = {name: torch.from_numpy(x) for name, x in np.load(args.out / "samples.npz").items()}
 
-    @torch.no_grad()
-    def note(name: str, policy: Sampler) -> None:
-        found[name] = policy(SAMPLES)
-        of = numbers(found[name], data)
-        shares = "  ".join(f"{corner} {share:.2f}" for corner, share in of["share_0.3"].items())
+    def seeded(train: Callable) -> object:
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            return train()
+
+    q, vae = (cache(partial(seeded, partial(train, data, n))) for train in (fit_q, clone_vae))  # when first asked for
+
+    def add(name: str, train: Callable[[], Sampler], **more) -> None:
+        if name in policies:
+            return
+        samples[name] = seeded(lambda: train()(SAMPLES)).detach()
+        policies[name] = of = {**numbers(samples[name], data), **more}
+        write_whole(args.out / "samples.npz", partial(write_samples, samples=samples))  # first: what is in path is here
+        write_json(path, {**found, "versions": versions(torch.device("cpu"))})
+        shares = "  ".join(f"{corner} {share:.2f}" for corner, share in of["share_0.2"].items())
         print(f"{time.perf_counter() - start:4.0f} s  {name:22} {shares}  reward {of['mean_reward']:.2f}  "
               f"MMD {of['mmd']:.3f}", flush=True)  # fmt: skip
 
-    note("data", lambda n: data.action[-n:])
-    q, vae = fit_q(data), clone_vae(data)
-    note("Gaussian, MLE", clone_gaussian(data, "MLE"))
-    note("conditional VAE", vae)
-    note("Gaussian, MMD", clone_gaussian(data, "MMD"))
-    note("TD3+BC", td3_bc(data, q))
-    note("BCQ", bcq(data, q, vae))
-    note("BEAR", bear(data, q))
-    for n in STEPS:
-        clone = diffusion(data, n, UPDATES)
-        note(f"diffusion, N = {n}", sampler(clone))
-        note(f"Diffusion-QL, N = {n}", sampler(diffusion(data, n, DIFFUSION_Q_UPDATES, q, clone)))
+    def add_diffusion(name: str, num_steps: int, eta: float) -> None:
+        curve = []  # number of updates, and the shares within 0.2 of any corner and of the best
 
-    policies = [["Gaussian, MLE", "conditional VAE", "Gaussian, MMD", f"diffusion, N = {STEPS[-1]}"],
-                ["TD3+BC", "BCQ", "BEAR", f"Diffusion-QL, N = {STEPS[-1]}"]]  # fmt: skip
-    by_steps = [[f"{name}, N = {n}" for n in STEPS] for name in ("diffusion", "Diffusion-QL")]
-    for name, rows in (("policies", policies), ("steps", by_steps)):
-        write_whole(args.out / f"{name}.png", lambda path, rows=rows: draw(path, found, rows, data))
-    write_json(args.out / "bandit.json", {
-        "seed": args.seed, "updates": UPDATES, "q_updates": Q_UPDATES, "diffusion_q_updates": DIFFUSION_Q_UPDATES,
-        "seconds": round(time.perf_counter() - start), "versions": versions(torch.device("cpu")),
-        "policies": {name: numbers(action, data) for name, action in found.items()},
-    })  # fmt: skip
+        def watch(update: int, policy: Sampler) -> None:
+            shares = [*numbers(policy(SAMPLES), data)["share_0.2"].values()]
+            curve.append([update, round(sum(shares), 3), shares[-1]])
+
+        add(f"{name}, N = {num_steps}", lambda: diffusion(data, num_steps, eta, n, args.seed, watch), curve=curve)
+
+    add("data", lambda: lambda n: data.action[-n:])
+    add("Gaussian, MLE", lambda: clone_gaussian(data, "MLE", n))
+    add("conditional VAE", vae)
+    add("Gaussian, MMD", lambda: clone_gaussian(data, "MMD", n))
+    add("TD3+BC", lambda: td3_bc(data, q(), n))
+    add("BCQ", lambda: bcq(data, q(), vae(), n))
+    add("BEAR", lambda: bear(data, q(), n))
+    for num_steps in reversed(STEPS):
+        add_diffusion("diffusion", num_steps, 0.0)
+        add_diffusion("Diffusion-QL", num_steps, ETA)
+
+    rows = {
+        "policies": [["Gaussian, MLE", "conditional VAE", "Gaussian, MMD", f"diffusion, N = {STEPS[-1]}"],
+                     ["TD3+BC", "BCQ", "BEAR", f"Diffusion-QL, N = {STEPS[-1]}"]],
+        "steps": [[f"{name}, N = {n}" for n in STEPS] for name in ("diffusion", "Diffusion-QL")],
+    }  # fmt: skip
+    for name, names in rows.items():
+        write_whole(args.out / f"{name}.png", lambda path, names=names: draw(path, samples, names, data))
 
 
 if __name__ == "__main__":

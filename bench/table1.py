@@ -61,9 +61,11 @@ SCORES = ("last", "best", "offline")
 DOMAINS = {"antmaze": "AntMaze", "pen": "Adroit", "kitchen": "Kitchen"}  # by family; the others are Gym's
 REFERENCE = json.loads((ROOT / "reference" / "paper.json").read_text())["tasks"]
 OWN = ("env_id", "seed", "num_seeds", "device", "runs_dir", "resume")  # dql.py's flags that are set for each job
-FREE = {*OWN, "compile", "cudagraphs", "track", "capture_video", "log_every", "checkpoint_every"} - {"env_id"}
+FREE = {*OWN, "run_name", "compile", "cudagraphs", "track", "capture_video", "log_every", "checkpoint_every"}
+FREE -= {"env_id"}
 # Linux sends a job SIGTERM, so that it ends with a checkpoint, when this program dies, even by SIGKILL
 WITH_PARENT = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+
 
 class Run(NamedTuple):
     """A run's folder, or that of one of its seeds."""

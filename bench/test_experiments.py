@@ -1,6 +1,7 @@
-"""Tests of the bandit and the ablation, on small budgets."""
+"""Tests of the bandit, the ablation and the variants, on small budgets."""
 
 import csv
+import json
 import math
 import signal
 import sys
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import ablate
 import bandit
+import innovations
+import numpy as np
 import pytest
 import tiny
 import torch
 
 import dql
+from d4rl_tasks import BadInput
 from housekeeping.ending import Diverged, Stopped
 
 torch.set_num_threads(1)
@@ -54,15 +58,35 @@ def test_gaussians_cannot_hold_four_modes(data):
 
 
 def test_diffusion_holds_four_modes(data):
-    torch.manual_seed(0)
-    cloned = shares(bandit.sampler(bandit.diffusion(data, 50, 1200)), data, 0.3)
-    assert min(cloned) > 0.1 and sum(cloned) > 0.7, cloned
+    cloned = shares(bandit.diffusion(data, 50, 0.0, 4000), data, 0.3)
+    assert min(cloned) > 0.1 and sum(cloned) > 0.6, cloned
 
 
 def test_diffusion_ql_finds_the_best_mode(data):
-    torch.manual_seed(0)
-    agent = bandit.diffusion(data, 5, 150, bandit.fit_q(data, 400), bandit.diffusion(data, 5, 300))
-    assert shares(bandit.sampler(agent), data, 0.3)[3] > 0.6
+    assert shares(bandit.diffusion(data, 5, bandit.ETA, 1500), data, 0.3)[3] > 0.6
+
+
+def test_bandit_goes_on_after_the_last_policy(tmp_path, monkeypatch, capsys):
+    """A program that was stopped makes the policies that one left alone makes; of other settings it refuses."""
+
+    def last_numbers(folder: Path) -> dict:
+        return json.loads((folder / "bandit.json").read_text())["policies"]
+
+    def stop(*_) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(bandit, "STEPS", (2,))
+    alone, stopped = (bandit.Args(num_updates=3, out=tmp_path / name) for name in ("alone", "stopped"))
+    bandit.main(alone)
+    with monkeypatch.context() as once, pytest.raises(Stopped):
+        once.setattr(bandit, "bcq", stop)
+        bandit.main(stopped)
+    assert [*last_numbers(stopped.out)] == ["data", "Gaussian, MLE", "conditional VAE", "Gaussian, MMD", "TD3+BC"]
+    bandit.main(stopped)
+    assert last_numbers(stopped.out) == last_numbers(alone.out) and len(last_numbers(alone.out)) == 9
+    assert {path.name for path in alone.out.iterdir()} == {"bandit.json", "policies.png", "samples.npz", "steps.png"}
+    with pytest.raises(BadInput, match="another --seed or --num-updates"):
+        bandit.main(replace(stopped, num_updates=4))
 
 
 def test_other_learners_take_steps(data, tmp_path):
@@ -189,3 +213,38 @@ def test_bad_input_is_one_line(ablation, flags, said, monkeypatch, capsys):
         ablate.main()
     out, err = capsys.readouterr()
     assert end.value.code == 2 and said in err and err.count("\n") == 1 and out == ""
+
+
+def test_innovations_trains_evaluates_and_compares(tmp_path, monkeypatch, capsys):
+    """Two variants of one seed: each run has its flags, the table the scores of evaluations, and none is made twice."""
+    file = tiny.write_data(tmp_path / "hopper.hdf5", 300)
+    flags = f"--env-id {tiny.ENV_ID} --dataset-path {file} --num-updates 4 --eval-episodes 2 --batch-size 8"
+    monkeypatch.setitem(innovations.DATA, "tiny", (flags, 1))
+    words = ["tiny", "--variants", "published", "layernorm+ensemble", "--out", str(tmp_path), "--devices", "cpu"]
+    assert innovations.run(words) == 0
+    table, rows = capsys.readouterr().out, json.loads((tmp_path / "tiny.json").read_text())["rows"]
+    runs = {dql.read_args(path.parent).num_critics: path.parent for path in tmp_path.glob("tiny/*/args.json")}
+    assert [(k, dql.read_args(runs[k]).critic_layernorm, dql.read_args(runs[k]).pessimism) for k in (2, 5)] == [
+        (2, False, None), (5, True, 1.0),
+    ]  # fmt: skip
+    for row, run in zip(rows, (runs[2], runs[5]), strict=True):
+        found = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+        assert [it["settings"]["eval_candidates"] for it in found] == [50, 1]
+        assert [row["candidates"], row["one_candidate"]] == [it["scores"] for it in found]
+        last = [*csv.DictReader((run / "metrics.csv").open())][-1]
+        assert (row["target_q"], row["diverge"]) == ([float(last["target_q"])], 0)
+    assert innovations.run([*words, "--only-table"]) == 0 and capsys.readouterr().out in table
+    assert len([*tmp_path.glob("tiny/*/args.json")]) == 2 and (tmp_path / "tiny.png").stat().st_size > 10_000
+
+
+def test_innovations_intervals_and_names(capsys):
+    assert innovations.difference([3.0] * 3, [1.0] * 3) == [2, 2]
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(5, 2, 40).tolist(), rng.normal(0, 1, 40).tolist()
+    half = 1.96 * math.sqrt((np.var(a) + np.var(b)) / 40)  # of a normal distribution
+    wanted = [np.mean(a) - np.mean(b) - half, np.mean(a) - np.mean(b) + half]
+    assert innovations.difference(a, b) == pytest.approx(wanted, abs=0.05)
+    assert innovations.difference(a, b[:2]) is None
+    for words, said in ((["kitchn"], "kitchn: there is kitchen"), (["cube", "--variants", "x"], "--variants x")):
+        with pytest.raises(BadInput, match=said):
+            innovations.run(words)

@@ -58,6 +58,12 @@ def q_range(reward: Tensor, args: Args) -> tuple[float, float]:
     return min(0.0, reward.min().item() * horizon), max(0.0, reward.max().item() * horizon)
 
 
+def leaves_range(target_q: float, allowed: tuple[float, float]) -> bool:
+    """Whether a mean target Q is out of the range that rewards allow, by more than a twentieth of it."""
+    low, high = allowed
+    return max(low - target_q, target_q - high) > 0.05 * (high - low)
+
+
 def finished(args: Args, folder: Path) -> dict | None:
     """The summary of a run that has made all its updates; None for any other. Says which of its files are missing."""
     files = {path / name for path in (folder, *seed_folders(args, folder)) for name in FILES}

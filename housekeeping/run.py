@@ -169,8 +169,7 @@ class Run:
         rows = [{"step": self.step, **dict(zip(self.losses, mean, strict=True)), **rest} for mean in means]
         low, high = self.q_range
         for seed, row in enumerate(rows, self.args.seed):
-            beyond = max(low - row["target_q"], row["target_q"] - high)
-            if beyond > 0.05 * (high - low) and seed not in self.warned:
+            if report.leaves_range(row["target_q"], self.q_range) and seed not in self.warned:
                 self.warned.add(seed)
                 print(f"warning: update {self.step:,}, seed {seed}: mean target Q is {row['target_q']:.4g}, "
                       f"rewards allow {low:.4g} to {high:.4g}", file=sys.stderr)  # fmt: skip
