@@ -76,6 +76,10 @@ def as_line(complaint: str) -> str:
     """tyro's boxed complaint as one line, without its title and the flag's help; of similar flags the first."""
     text = " ".join(re.sub(r"^\u256d.*$|[\u2500-\u257f]", " ", complaint, flags=re.M).split())
     says = re.split("Got errors|Argument helptext|For full helptext|Perhaps you|Arguments similar", text)[0].strip()
+    for jargon in (r"no type matching \{None\}\|\{?(.*?)\}? could be instantiated from \[(.*)\]\.",
+                   r"invalid literal for (int)\(\) with base 10: (.*)", r"could not convert string to (float): (.*)"):
+        if wrong := re.fullmatch(rf"Error parsing (--\S+): {jargon}", says):
+            says = f"{wrong[1]} takes {wrong[2].lower()}, not {wrong[3]}"
     similar = re.search(r"(?:Perhaps you meant|Arguments similar to \S+): (--[\w-]+)", text)
     return f"{says}: did you mean {similar[1]}?" if similar else says
 

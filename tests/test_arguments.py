@@ -57,7 +57,10 @@ def test_errors_reach_the_shell_without_a_traceback(tmp_path):
 
 
 def test_a_complaint_is_one_short_line():
-    for words, line in ((["--num-updates", "x"], "Error parsing --num-updates: no type matching .* from \\['x'\\]\\."),
+    for words, line in ((["--num-updates", "x"], "--num-updates takes int, not 'x'"),
+                        (["--tau", "x"], "--tau takes float, not 'x'"),
+                        (["--num-steps", "2.5"], "--num-steps takes int, not '2.5'"),
+                        (["--score-range", "1"], "--score-range takes float float, not '1'"),
                         (["--schedule", "x"], "invalid choice 'x' for argument '--schedule'\\. Expected one of .*"),
                         (["--bogus"], "Unrecognized options: --bogus"),
                         (["--etaa", "1"], "Unrecognized options: --etaa, 1: did you mean --eta\\?")):  # fmt: skip
