@@ -147,10 +147,11 @@ def run(argv: list[str]) -> int:
         raise BadInput(f"{args.data}: there is {', '.join(DATA)}")
     flags, seeds = DATA[args.data]
     devices, seeds = table1.choose_devices(args.devices), args.seeds or seeds
+    chosen = {variant: flags_of(variant) for variant in args.variants}
     args.out.mkdir(parents=True, exist_ok=True)
     rows, groups, failed = [], {}, False
-    for variant in args.variants:
-        words = [*EVALUATIONS.split(), *flags.split(), *flags_of(variant), *more]
+    for variant, its_flags in chosen.items():
+        words = [*EVALUATIONS.split(), *flags.split(), *its_flags, *more]
         given = arguments.typed(arguments.parse(dql.Args, words))
         device = str(choose_device(devices[0]))
         wanted = dql.with_settings(replace(given, num_seeds=seeds, device=device, runs_dir=args.out / args.data))

@@ -237,7 +237,8 @@ def test_innovations_trains_evaluates_and_compares(tmp_path, monkeypatch, capsys
     assert len([*tmp_path.glob("tiny/*/args.json")]) == 2 and (tmp_path / "tiny.png").stat().st_size > 10_000
 
 
-def test_innovations_intervals_and_names(capsys):
+def test_innovations_intervals_and_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert innovations.difference([3.0] * 3, [1.0] * 3) == [2, 2]
     rng = np.random.default_rng(1)
     a, b = rng.normal(5, 2, 40).tolist(), rng.normal(0, 1, 40).tolist()
@@ -248,3 +249,4 @@ def test_innovations_intervals_and_names(capsys):
     for words, said in ((["kitchn"], "kitchn: there is kitchen"), (["cube", "--variants", "x"], "--variants x")):
         with pytest.raises(BadInput, match=said):
             innovations.run(words)
+    assert not [*tmp_path.iterdir()]
