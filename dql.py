@@ -338,7 +338,7 @@ class DiffusionPolicy(nn.Module):
         return F.mse_loss(eps, noise), estimate
 
 
-class TwinQ(nn.Module):
+class Critics(nn.Module):
     """Q_1 .. Q_K, two by default: state (B, S), action (B, A) -> K of (B,)."""
 
     def __init__(self, state_dim: int, action_dim: int, hidden: Sequence[int] = (256, 256, 256), num_critics: int = 2,
@@ -417,7 +417,7 @@ class DiffusionQL:
         self.policy = DiffusionPolicy(state_dim, action_dim, 1.0, args.num_steps, args.schedule, hidden).to(self.device)
         self.policy_ema = copy.deepcopy(self.policy).requires_grad_(False)
         critics = hidden, args.num_critics, args.critic_layernorm
-        self.critic = TwinQ(state_dim, action_dim, *critics).to(self.device)
+        self.critic = Critics(state_dim, action_dim, *critics).to(self.device)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.policy_opt = self.adam(self.policy, args.learning_rate)
         self.critic_opt = self.adam(self.critic, self.critic_learning_rate)

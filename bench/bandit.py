@@ -37,7 +37,7 @@ from torch.distributions import Normal
 import dql
 import fast_sampler
 from d4rl_tasks import BadInput
-from dql import TwinQ, mlp
+from dql import Critics, mlp
 from housekeeping import arguments, ending
 from housekeeping.folder import write_json, write_whole
 from housekeeping.machine import versions
@@ -141,14 +141,14 @@ def clone_vae(data: Data, num_updates: int) -> Callable[..., Tensor]:
     return lambda n, bound=math.inf: decoder(with_state(torch.randn(n, LATENT).clamp(-bound, bound))).tanh()
 
 
-def fit_q(data: Data, num_updates: int) -> TwinQ:
+def fit_q(data: Data, num_updates: int) -> Critics:
     """Eq. 4 with every action the last of its episode: both critics regress the reward on the action."""
-    q = TwinQ(1, 2, 3 * (WIDTH,))
+    q = Critics(1, 2, 3 * (WIDTH,))
     fit(lambda action, r: sum(F.mse_loss(one, r) for one in q(torch.zeros(BATCH, 1), action)), data, num_updates, q)
     return q.requires_grad_(False)
 
 
-def td3_bc(data: Data, q: TwinQ, num_updates: int) -> Sampler:
+def td3_bc(data: Data, q: Critics, num_updates: int) -> Sampler:
     """Fujimoto and Gu 2021: a deterministic policy; maximises 2.5 Q_1 / mean |Q_1| minus the squared error to data."""
     net = mlp(1, WIDTH, WIDTH, 2)
 
@@ -161,7 +161,7 @@ def td3_bc(data: Data, q: TwinQ, num_updates: int) -> Sampler:
     return lambda n: net(torch.zeros(n, 1)).tanh()
 
 
-def bcq(data: Data, q: TwinQ, vae: Callable[..., Tensor], num_updates: int) -> Sampler:
+def bcq(data: Data, q: Critics, vae: Callable[..., Tensor], num_updates: int) -> Sampler:
     """Fujimoto et al. 2019: moves the VAE's actions by at most 0.05 to raise Q_1; acts with the best of 100."""
     net = mlp(3, WIDTH, WIDTH, 2)
 
@@ -178,7 +178,7 @@ def bcq(data: Data, q: TwinQ, vae: Callable[..., Tensor], num_updates: int) -> S
     return policy
 
 
-def bear(data: Data, q: TwinQ, num_updates: int) -> Sampler:
+def bear(data: Data, q: Critics, num_updates: int) -> Sampler:
     """Kumar et al. 2019: a tanh-Gaussian maximises the smaller Q; a multiplier keeps its MMD to the data below 0.05."""
     policy = TanhGaussian()
     policy.log_multiplier = nn.Parameter(torch.zeros(()))

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 mkdir -p "$1"
 python=${PYTHON:-python3}
 rm -rf "$1/tests.done" "$1/runs"
-(timeout 150 "$python" -m pytest test_dql.py tests/test_kernels.py -q -k cuda --durations=10 > "$1/tests.txt" 2>&1
+(timeout 150 "$python" -m pytest test_dql.py tests/test_kernels.py -o addopts=-q -k cuda --durations=10 > "$1/tests.txt" 2>&1
  touch "$1/tests.done") &
 LIMIT=240 WAIT_FOR="$1/tests.done" timeout 285 "$python" bench/gpu.py "$1" ${2:+--official "$2"} > "$1/gpu.txt" 2>&1
 code=$?
