@@ -9,16 +9,20 @@ learn with Q: TD3+BC, BCQ, BEAR and Diffusion-QL (Eq. 3). Every episode ends aft
 mean reward and does not depend on the policy. TD3+BC, BCQ and BEAR share one that is fitted before them; Diffusion-QL
 is dql.py itself, which fits its own.
 
-policies.png shows these eight, steps.png both diffusion policies for each N, and bandit.json has all samples and
-numbers; run again, the program goes on after the last policy in it. Data, N, schedule, eta, learning rate, width, batch
-size and number of updates are those of the official code's run_toy_ql.py; no gradient is clipped and one candidate is
-acted with, as there. It simplifies the other three methods, and its picture of BCQ shows the VAE without BCQ's choice.
+policies.png shows these eight, steps.png both diffusion policies for each N, and bandit.json has all numbers; run
+again, the program goes on after the last policy in it.
+
+As in the official code (run_toy_bc.py, run_toy_ql.py) are the data, N = 50, schedule, eta, learning rates, width, batch
+size and number of updates; no gradient is clipped, one candidate is acted with, and the policy starts untrained. Its
+time embedding is 4 wide, here 16 as in dql.py; its state is two zeros, here one. The other methods are simpler here,
+and not those of its picture: there "TD3+BC" is a Gaussian by likelihood and Q, and "BCQ" shows the VAE alone.
 """
 
 import json
 import math
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -36,7 +40,7 @@ from torch.distributions import Normal
 
 import dql
 import fast_sampler
-from d4rl_tasks import BadInput
+from d4rl_tasks import BadInput, reason
 from dql import Critics, mlp
 from housekeeping import arguments, ending
 from housekeeping.folder import write_json, write_whole
@@ -193,31 +197,37 @@ def bear(data: Data, q: Critics, num_updates: int) -> Sampler:
     return policy
 
 
-def diffusion(data: Data, num_steps: int, eta: float, num_updates: int, seed: int = 0,
-              watch: Callable[[int, Sampler], None] = lambda *_: None) -> Sampler:  # fmt: skip
-    """dql.py on these data, eta = 0 for cloning: as all episodes end, the target of Eq. 4 is the reward.
-
-    watch gets the number of updates and the policy, twenty times.
-    """
+def agent_args(num_steps: int, eta: float, num_updates: int, seed: int = 0) -> dql.Args:
+    """The arguments of dql.py; eta = 0 is cloning. Raises BadInput."""
     args = dql.with_settings(dql.Args(
-        device="cpu", num_updates=num_updates, num_steps=num_steps, eta=eta, batch_size=BATCH, hidden_dim=WIDTH,
-        learning_rate=LEARNING_RATE, grad_norm=0.0, eval_candidates=1,
+        device="cpu", seed=seed, num_updates=num_updates, num_steps=num_steps, eta=eta, batch_size=BATCH,
+        hidden_dim=WIDTH, learning_rate=LEARNING_RATE, grad_norm=0.0, eval_candidates=1,
     ))  # fmt: skip
-    agent = dql.make_agent(args, seed, (1, 2))
-    if fast_sampler.choose_path(args, agent.device).compile:
-        fast_sampler.compile_agent(agent)
+    return fast_sampler.choose_path(args, torch.device("cpu"))
+
+
+def diffusion(data: Data, args: dql.Args, watch: Callable[[int, Sampler], None] = lambda *_: None) -> Sampler:
+    """dql.py on these data. As all episodes end, the target of Eq. 4 is the reward.
+
+    watch gets the number of updates and the policy, about twenty times.
+    """
+    torch.compiler.reset()  # torch.compile keeps at most eight versions of a function
     state = torch.zeros(len(data.action), 1)
     dataset = dql.Batch(state, data.action, data.reward, state, torch.ones(len(state)))
-    generator, noise = (torch.Generator().manual_seed(seed + k) for k in range(2))
+    training, acting = (torch.Generator().manual_seed(args.seed + k) for k in range(2))
+    (agent,), updates, _ = fast_sampler.make_steps(
+        args, [dql.make_agent(args, args.seed, (1, 2))], dataset, [training], [acting], fall_back=True
+    )
 
     @torch.no_grad()
     def policy(n: int) -> Tensor:
-        return agent.policy.sample(torch.zeros(n, 1), torch.randn(num_steps + 1, n, 2, generator=noise))
+        return agent.policy.sample(torch.zeros(n, 1), torch.randn(args.num_steps + 1, n, 2, generator=acting))
 
-    for update in range(1, num_updates + 1):
-        agent.train_step(dataset, generator)
-        if update % math.ceil(num_updates / 20) == 0:
-            watch(update, policy)
+    every = math.ceil(args.num_updates / 20)
+    for done in range(0, args.num_updates, every):
+        more = min(every, args.num_updates - done)
+        updates(more)
+        watch(done + more, policy)
     return policy
 
 
@@ -256,20 +266,26 @@ def write_samples(path: Path, samples: dict[str, Tensor]) -> None:
 
 
 def main(args: Args) -> None:
+    agents = {(k, eta): agent_args(k, eta, args.num_updates, args.seed) for k in STEPS for eta in (0.0, ETA)}
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the networks are small
     torch.manual_seed(args.seed)
     start, data, n = time.perf_counter(), make_data(), args.num_updates
     path, settings = args.out / "bandit.json", {"seed": args.seed, "num_updates": n}
-    found = json.loads(path.read_text()) if path.exists() else {**settings, "policies": {}}
+    found, samples = {**settings, "policies": {}}, {}
+    try:
+        if path.exists():
+            found = json.loads(path.read_text())
+            samples = {name: torch.from_numpy(x) for name, x in np.load(args.out / "samples.npz").items()}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        why = reason(error)
+        raise BadInput(f"{args.out} holds damaged results ({why}): remove them, or give another --out") from None
     if not settings.items() <= found.items():
         raise BadInput(f"{path} has results of another --seed or --num-updates: give another --out")
-    policies, samples = found["policies"], {}
-    if policies:
-        samples = {name: torch.from_numpy(x) for name, x in np.load(args.out / "samples.npz").items()}
+    policies = found["policies"]
 
     def seeded(train: Callable) -> object:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
             return train()
 
@@ -293,7 +309,8 @@ def main(args: Args) -> None:
             shares = [*numbers(policy(SAMPLES), data)["share_0.2"].values()]
             curve.append([update, round(sum(shares), 3), shares[-1]])
 
-        add(f"{name}, N = {num_steps}", lambda: diffusion(data, num_steps, eta, n, args.seed, watch), curve=curve)
+        train = partial(diffusion, data, agents[num_steps, eta], watch)
+        add(f"{name}, N = {num_steps}", train, curve=curve)
 
     add("data", lambda: lambda n: data.action[-n:])
     add("Gaussian, MLE", lambda: clone_gaussian(data, "MLE", n))

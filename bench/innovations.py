@@ -5,12 +5,13 @@
     python bench/innovations.py cheetah --dataset-path FILE --batch-size 128    # other flags are passed on to dql.py
 
 The jobs are those of table1.py: a process for each seed on a CPU and for all seeds on a GPU; killed and started again,
-this goes on from the checkpoints in --out. The last policy of each finished run is evaluated from other starts, with
-the run's number of candidates and with one. FOLDER/DATA.md, .json and .png show all finished runs with these settings.
+this goes on from the checkpoints in --out. The last policy of each finished seed is evaluated from other starts, with
+the run's number of candidates and with one. OUT/DATA.md, .json and .png show the finished seeds with these settings.
 """
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,6 @@ from d4rl_tasks import BadInput, load_dataset, score_name
 from housekeeping import arguments, ending, evaluating
 from housekeeping.curves import read_metrics, write_curves
 from housekeeping.folder import write_json, write_whole
-from housekeeping.machine import choose_device
 from housekeeping.report import leaves_range, q_range
 
 DATA = {  # flags, number of seeds
@@ -43,7 +43,7 @@ VARIANTS = {
     "one-step": "--one-step-gradient",
 }
 EVALUATIONS = "--eval-every 50000 --eval-episodes 100"
-RESAMPLES = 10_000
+RESAMPLES = 10_000  # of the bootstrap
 
 
 @dataclass
@@ -71,73 +71,85 @@ def flags_of(variant: str) -> list[str]:
     return [flag for one in variant.split("+") for flag in VARIANTS[one].split()]
 
 
-def evaluate(folder: Path, wanted: dql.Args, candidates: int, may_run: bool) -> dict[int, float]:
-    """The score of each seed's last policy from other starts; evaluated now, unless evaluations.jsonl has it."""
+def score_of(folder: Path, wanted: dql.Args, candidates: int, may_run: bool) -> float | None:
+    """The score of a seed's last policy from other starts: evaluated now, unless evaluations.jsonl has it."""
+    names = (*evaluating.CHOICE, "env_id", "env_backend")
+    settings = {name: getattr(wanted, name) for name in names}
+    settings |= {"eval_candidates": candidates, "seed": evaluating.Evaluation.seed}
     path = folder / "evaluations.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
-        it = json.loads(line)
-        asked = it["which"], it["episodes"], it["settings"]["eval_candidates"], it["settings"]["seed"]
-        if asked == ("last", wanted.eval_episodes, candidates, evaluating.Evaluation.seed):
-            return dict(zip(it["seeds"], it["scores"], strict=True))
+        with suppress(ValueError, LookupError, TypeError):  # of a line that a full disk cut off
+            it = json.loads(line)
+            same = it["which"] == "last" and it["steps"] == [wanted.num_updates] and it["settings"] == settings
+            if same and it["episodes"] == wanted.eval_episodes:
+                return it["mean"]
     if not may_run:
-        return {}
+        return None
     words = ["--evaluate", str(folder), "--eval-candidates", str(candidates), "--device", wanted.device]
     print(evaluating.run(words, dql.read_args, dql.load_agent, dql.evaluate, dql.eval_noise_seed), flush=True)
-    return evaluate(folder, wanted, candidates, False)
+    return score_of(folder, wanted, candidates, False)
 
 
-def difference(scores: list[float], published: list[float]) -> list[float] | None:
-    """The 95 % bootstrap interval of the difference of two means over seeds; none with fewer than three seeds."""
-    if min(len(scores), len(published)) < 3:
-        return None
+def difference(scores: list[float], published: list[float]) -> list[float]:
+    """The 95 % bootstrap interval of the difference of two means over seeds."""
     rng = np.random.default_rng(0)
     means = [rng.choice(some, (RESAMPLES, len(some))).mean(1) for some in (scores, published)]
     return np.percentile(means[0] - means[1], [2.5, 97.5]).tolist()
 
 
-def row_of(variant: str, runs: list[table1.Run], wanted: dql.Args, allowed: tuple, may_run: bool) -> tuple[dict, list]:
-    """A variant's row of the table, and the metrics of its seeds. Raises BadInput."""
-    own = {run.args.seed: run for run in runs if run.args.num_seeds == 1}  # of a seed that ran twice the last
-    tops = [run for run in runs if not (run.folder.parent / "args.json").exists()]
-    scores = [{}, {}]
-    for found, candidates in zip(scores, (wanted.eval_candidates, 1), strict=True):
-        for run in tops:
-            found |= evaluate(run.folder, wanted, candidates, may_run)
-    metrics = [read_metrics(own[seed].folder / "metrics.csv") for seed in sorted(own)]
+def row_of(runs: list[table1.Run], wanted: dql.Args, allowed: tuple[float, float], may_run: bool) -> dict:
+    """What a table's row says of a variant's finished seeds; "metrics" are their rows of metrics.csv. Raises BadInput.
+
+    A seed without an evaluation, which only --only-table leaves, has the score None.
+    """
+    metrics = [read_metrics(run.folder / "metrics.csv") for run in runs]
+    times = []  # milliseconds of an update of one agent
+    for run, rows in zip(runs, metrics, strict=True):
+        above = run.folder.parent
+        agents = dql.read_args(above).num_seeds if (above / "args.json").exists() else 1
+        times += [1000 / row["updates_per_second"] / agents for row in rows]
     return {
-        "variant": variant, "seeds": sorted(own),
-        "candidates": [scores[0][seed] for seed in sorted(scores[0])],
-        "one_candidate": [scores[1][seed] for seed in sorted(scores[1])],
-        "diverge": sum(any(leaves_range(row["target_q"], allowed) for row in rows) for rows in metrics),
+        "seeds": [run.args.seed for run in runs],
+        "candidates": [score_of(run.folder, wanted, wanted.eval_candidates, may_run) for run in runs],
+        "one_candidate": [score_of(run.folder, wanted, 1, may_run) for run in runs],
+        "diverge": [any(leaves_range(row["target_q"], allowed) for row in rows) for rows in metrics],
         "target_q": [rows[-1]["target_q"] for rows in metrics],
         "critic_loss": [rows[-1]["critic_loss"] for rows in metrics],
-        "ms_per_update": float(np.median([1000 / row["updates_per_second"] for rows in metrics for row in rows]))
-        / tops[-1].args.num_seeds,
-    }, metrics  # fmt: skip
+        "ms_per_update": float(np.median(times)),
+        "commits": sorted({str(run.summary["commit"]) for run in runs}),
+        "devices": sorted({run.summary["device"] for run in runs}),
+        "metrics": metrics,
+    }  # fmt: skip
 
 
-def mean_std(scores: list[float]) -> str:
-    return f"{np.mean(scores):.1f}" + (f" ± {np.std(scores):.1f}" if len(scores) > 1 else "") if scores else ""
+def mean_std(scores: list[float | None]) -> str:
+    if None in scores:
+        return "not evaluated"
+    return f"{np.mean(scores):.1f}" + (f" ± {np.std(scores):.1f}" if len(scores) > 1 else "")
 
 
-def markdown(rows: list[dict], wanted: dql.Args, allowed: tuple[float, float]) -> str:
-    """The table, ± over seeds, of the finished seeds."""
-    published = next((row for row in rows if row["variant"] == "published"), None)
+def markdown(rows: dict[str, dict], wanted: dql.Args, allowed: tuple[float, float], more: list[str]) -> str:
+    """The table of the variants' rows: ± is over seeds."""
     head = ["variant", "seeds", f"{wanted.eval_candidates} candidates", "one candidate",
-            "difference from published, 95 %", "seeds that diverge", "last target Q", "ms an update"]  # fmt: skip
+            "difference from published, 95 %", "seeds that diverge", "target Q at the end", "critics' loss",
+            "ms an update"]  # fmt: skip
     table = [head, ["---"] * len(head)]
-    for row in rows:
-        apart = row["difference"]
-        cost = f" ({row['ms_per_update'] / published['ms_per_update']:.2f} times)" if published else ""
+    for name, row in rows.items():
+        apart, ms = row["difference"], row["ms_per_update"]
+        cost = f" ({ms / rows['published']['ms_per_update']:.2f} times)" if "published" in rows else ""
         table.append([
-            row["variant"], str(len(row["seeds"])), mean_std(row["candidates"]), mean_std(row["one_candidate"]),
-            f"{apart[0]:.1f} to {apart[1]:.1f}" if apart else "", str(row["diverge"]),
-            ", ".join(f"{q:.4g}" for q in row["target_q"]), f"{row['ms_per_update']:.2f}{cost}",
+            name, f"{len(row['seeds'])} of {wanted.num_seeds}", mean_std(row["candidates"]),
+            mean_std(row["one_candidate"]), f"{apart[0]:.1f} to {apart[1]:.1f}" if apart else "",
+            f"{sum(row['diverge'])}", *(", ".join(f"{x:.4g}" for x in row[key]) for key in ("target_q", "critic_loss")),
+            f"{ms:.2f}{cost}",
         ])  # fmt: skip
+    commits, devices = ({one for row in rows.values() for one in row[key]} for key in ("commits", "devices"))
     lines = "\n".join("| " + " | ".join(cells) + " |" for cells in table)
-    return (f"{wanted.env_id}, {wanted.num_updates:,} updates: {score_name(wanted.env_id, wanted.score_range)} of the "
-            f"last policy, {wanted.eval_episodes} episodes from other starts, mean ± std over seeds.\nRewards allow a "
-            f"target Q from {allowed[0]:.4g} to {allowed[1]:.4g}.\n\n{lines}\n")  # fmt: skip
+    score = score_name(wanted.env_id, wanted.score_range)
+    return (f"{wanted.env_id}, {wanted.num_updates:,} updates: {score} of the last policy, {wanted.eval_episodes} "
+            f"episodes from other starts, mean ± std over seeds.\nRewards allow a target Q from {allowed[0]:.4g} to "
+            f"{allowed[1]:.4g}. Flags for all: {' '.join(more) or 'none'}. Commits: {', '.join(sorted(commits))}. "
+            f"Devices: {', '.join(sorted(devices))}.\n\n{lines}\n")  # fmt: skip
 
 
 def run(argv: list[str]) -> int:
@@ -146,34 +158,39 @@ def run(argv: list[str]) -> int:
     if args.data not in DATA:
         raise BadInput(f"{args.data}: there is {', '.join(DATA)}")
     flags, seeds = DATA[args.data]
-    devices, seeds = table1.choose_devices(args.devices), args.seeds or seeds
-    chosen = {variant: flags_of(variant) for variant in args.variants}
+    devices, words_of = table1.choose_devices(args.devices), {variant: flags_of(variant) for variant in args.variants}
+    table1.passed_on(more)
     args.out.mkdir(parents=True, exist_ok=True)
-    rows, groups, failed = [], {}, False
-    for variant, its_flags in chosen.items():
-        words = [*EVALUATIONS.split(), *flags.split(), *its_flags, *more]
+    rows, allowed, failed = {}, None, False
+    for variant, own in words_of.items():
+        words = [*EVALUATIONS.split(), *flags.split(), *own, *more]
         given = arguments.typed(arguments.parse(dql.Args, words))
-        device = str(choose_device(devices[0]))
-        wanted = dql.with_settings(replace(given, num_seeds=seeds, device=device, runs_dir=args.out / args.data))
+        wanted = dql.with_settings(replace(
+            given, num_seeds=seeds if args.seeds is None else args.seeds, device=devices[0],
+            runs_dir=args.out / args.data,
+        ))  # fmt: skip
         if not args.only_table:
             failed |= table1.train([wanted], words, devices)
-        if not rows:
+        if not allowed:
             reward = dql.make_batch(load_dataset(wanted.env_id, wanted.dataset_path), wanted.reward, "cpu").reward
             allowed = q_range(reward, wanted)
-        same = [run for run in table1.read_runs(wanted.runs_dir)[0] if not table1.differing(run.args, wanted)]
-        if finished := [run for run in same if run.summary]:
-            row, groups[variant] = row_of(variant, finished, wanted, allowed, not args.only_table)
-            rows.append(row)
-        if unfinished := sorted({run.args.seed for run in same if not run.summary and run.args.num_seeds == 1}):
-            print(f"{variant}: not finished, and left out: seed(s) {', '.join(map(str, unfinished))}", file=sys.stderr)
+        runs, skipped = table1.read_runs(wanted.runs_dir)
+        finished = [run for run in runs if run.summary and run.args.num_seeds == 1]
+        by_seed = {run.args.seed: run for run in finished if not table1.differing(run.args, wanted)}  # the newest
+        if some := [by_seed[seed] for seed in sorted(by_seed.keys() & table1.seeds_of(wanted))]:
+            rows[variant] = row_of(some, wanted, allowed, not args.only_table)
+    if skipped:
+        print(f"skipped: {len(skipped)} run(s) with damaged or foreign JSON: {skipped[0]} ...", file=sys.stderr)
     if not rows:
         raise BadInput(f"{args.out / args.data} has no finished run with these settings")
-    published = next((row["candidates"] for row in rows if row["variant"] == "published"), [])
-    for row in rows:
-        row["difference"] = difference(row["candidates"], published) if row["variant"] != "published" else None
-    text, path = markdown(rows, wanted, allowed), args.out / f"{args.data}.md"
+    groups = {variant: row.pop("metrics") for variant, row in rows.items()}
+    published = rows.get("published", {}).get("candidates", [])
+    for variant, row in rows.items():  # a seed that is missing may have failed: then nothing is claimed
+        whole = all(len(some) == wanted.num_seeds > 1 and None not in some for some in (row["candidates"], published))
+        row["difference"] = difference(row["candidates"], published) if whole and variant != "published" else None
+    text, path = markdown(rows, wanted, allowed, more), args.out / f"{args.data}.md"
     write_whole(path, lambda beside: beside.write_text(text))
-    write_json(path.with_suffix(".json"), {"rows": rows, "target_q_range": allowed})
+    write_json(path.with_suffix(".json"), {"flags": more, "target_q_range": allowed, "rows": rows})
     score = score_name(wanted.env_id, wanted.score_range)
     write_whole(path.with_suffix(".png"), partial(write_curves, groups=groups, title=wanted.env_id, score_name=score,
                                                   q_range=allowed))  # fmt: skip

@@ -60,9 +60,8 @@ QUICK = ["--num-updates", "24", "--eval-every", "24", "--batch-size", "16", "--n
 SCORES = ("last", "best", "offline")
 DOMAINS = {"antmaze": "AntMaze", "pen": "Adroit", "kitchen": "Kitchen"}  # by family; the others are Gym's
 REFERENCE = json.loads((ROOT / "reference" / "paper.json").read_text())["tasks"]
-OWN = ("env_id", "seed", "num_seeds", "device", "runs_dir", "resume")  # dql.py's flags that are set for each job
-FREE = {*OWN, "run_name", "compile", "cudagraphs", "track", "capture_video", "log_every", "checkpoint_every"}
-FREE -= {"env_id"}
+OWN = ("env_id", "seed", "num_seeds", "device", "runs_dir", "run_name", "resume")  # dql.py's flags set for each job
+FREE = {*OWN, "compile", "cudagraphs", "track", "capture_video", "log_every", "checkpoint_every"} - {"env_id"}
 # Linux sends a job SIGTERM, so that it ends with a checkpoint, when this program dies, even by SIGKILL
 WITH_PARENT = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 
@@ -259,16 +258,21 @@ def choose_devices(asked: list[str]) -> list[str]:
     return asked or gpus or ["cpu"] * cores
 
 
+def passed_on(words: list[str]) -> dql.Args:
+    """Flags that are passed on to dql.py, parsed. Raises BadInput for one that each job has its own value of."""
+    given = arguments.parse(dql.Args, words)
+    if taken := [name for name in OWN if getattr(given, name) != getattr(dql.Args(), name)]:
+        raise BadInput(f"{arguments.flag(taken[0])} is not passed on: each job has its own (see --help)")
+    return given
+
+
 def run(argv: list[str]) -> int:
     """Does what the command line asks for; returns the exit code. Raises BadInput and Stopped."""
     args, words = arguments.parsed(Args, argv, "bench/table1.py", return_unknown_args=True)
     if args.quick:
         out = Path("runs/table1-quick") if args.out == Args().out else args.out
         args, words = replace(args, tasks=["halfcheetah-demo-v0"], seeds=2, out=out), [*QUICK, *words]
-    given = arguments.parse(dql.Args, words)
-    if taken := [name for name in OWN if getattr(given, name) != getattr(dql.Args(), name)]:
-        raise BadInput(f"{arguments.flag(taken[0])} is not passed on: each job has its own (see --help)")
-    given = replace(given, runs_dir=args.runs_dir, num_seeds=args.seeds)
+    given = replace(passed_on(words), runs_dir=args.runs_dir, num_seeds=args.seeds)
     wanted = [dql.with_settings(replace(given, env_id=env_id)) for env_id in choose_tasks(args.tasks)]
     args.out.mkdir(parents=True, exist_ok=True)
     failed = not args.only_table and train(wanted, words, choose_devices(args.devices))

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -58,12 +59,12 @@ def test_gaussians_cannot_hold_four_modes(data):
 
 
 def test_diffusion_holds_four_modes(data):
-    cloned = shares(bandit.diffusion(data, 50, 0.0, 4000), data, 0.3)
+    cloned = shares(bandit.diffusion(data, bandit.agent_args(50, 0.0, 4000)), data, 0.3)
     assert min(cloned) > 0.1 and sum(cloned) > 0.6, cloned
 
 
 def test_diffusion_ql_finds_the_best_mode(data):
-    assert shares(bandit.diffusion(data, 5, bandit.ETA, 1500), data, 0.3)[3] > 0.6
+    assert shares(bandit.diffusion(data, bandit.agent_args(5, bandit.ETA, 1500)), data, 0.3)[3] > 0.6
 
 
 def test_bandit_goes_on_after_the_last_policy(tmp_path, monkeypatch, capsys):
@@ -87,6 +88,12 @@ def test_bandit_goes_on_after_the_last_policy(tmp_path, monkeypatch, capsys):
     assert {path.name for path in alone.out.iterdir()} == {"bandit.json", "policies.png", "samples.npz", "steps.png"}
     with pytest.raises(BadInput, match="another --seed or --num-updates"):
         bandit.main(replace(stopped, num_updates=4))
+    with pytest.raises(BadInput, match="--num-updates is -1"):
+        bandit.main(bandit.Args(num_updates=-1, out=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+    (stopped.out / "samples.npz").write_bytes(b"PK")
+    with pytest.raises(BadInput, match="holds damaged results"):
+        bandit.main(stopped)
 
 
 def test_other_learners_take_steps(data, tmp_path):
@@ -215,26 +222,77 @@ def test_bad_input_is_one_line(ablation, flags, said, monkeypatch, capsys):
     assert end.value.code == 2 and said in err and err.count("\n") == 1 and out == ""
 
 
-def test_innovations_trains_evaluates_and_compares(tmp_path, monkeypatch, capsys):
-    """Two variants of one seed: each run has its flags, the table the scores of evaluations, and none is made twice."""
-    file = tiny.write_data(tmp_path / "hopper.hdf5", 300)
-    flags = f"--env-id {tiny.ENV_ID} --dataset-path {file} --num-updates 4 --eval-episodes 2 --batch-size 8"
-    monkeypatch.setitem(innovations.DATA, "tiny", (flags, 1))
-    words = ["tiny", "--variants", "published", "layernorm+ensemble", "--out", str(tmp_path), "--devices", "cpu"]
-    assert innovations.run(words) == 0
-    table, rows = capsys.readouterr().out, json.loads((tmp_path / "tiny.json").read_text())["rows"]
-    runs = {dql.read_args(path.parent).num_critics: path.parent for path in tmp_path.glob("tiny/*/args.json")}
-    assert [(k, dql.read_args(runs[k]).critic_layernorm, dql.read_args(runs[k]).pessimism) for k in (2, 5)] == [
-        (2, False, None), (5, True, 1.0),
-    ]  # fmt: skip
-    for row, run in zip(rows, (runs[2], runs[5]), strict=True):
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder and the words of a finished comparison: published and layernorm+ensemble, one seed of each."""
+    out = tmp_path_factory.mktemp("innovations")
+    file = tiny.write_data(out / "hopper.hdf5", 300)
+    flags = f"--env-id {tiny.ENV_ID} --dataset-path {file} --num-updates 4 --eval-episodes 2"
+    innovations.DATA["tiny"] = flags, 1
+    words = ["tiny", "--variants", "published", "layernorm+ensemble", "--devices", "cpu", "--batch-size", "8"]
+    assert innovations.run([*words, "--out", str(out)]) == 0
+    return out, words
+
+
+def variant_runs(out: Path) -> list[Path]:
+    """The runs' folders: published, layernorm+ensemble."""
+    runs = [path.parent for path in out.glob("tiny/*/args.json")]
+    return sorted(runs, key=lambda run: dql.read_args(run).num_critics)
+
+
+def rows_of(out: Path, words: list[str]) -> list[dict]:
+    assert innovations.run([*words, "--only-table", "--out", str(out)]) == 0
+    return [*json.loads((out / "tiny.json").read_text())["rows"].values()]
+
+
+def test_innovations_trains_evaluates_and_compares(compared):
+    """Each run has its variant's flags, the table the scores of evaluations, and nothing is made twice."""
+    out, words = compared
+    rows, runs = json.loads((out / "tiny.json").read_text())["rows"], variant_runs(out)
+    args = [dql.read_args(run) for run in runs]
+    assert [(it.num_critics, it.critic_layernorm, it.pessimism) for it in args] == [(2, False, None), (5, True, 1.0)]
+    assert [*rows] == ["published", "layernorm+ensemble"] and {it.batch_size for it in args} == {8}
+    for row, run in zip(rows.values(), runs, strict=True):
         found = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
         assert [it["settings"]["eval_candidates"] for it in found] == [50, 1]
         assert [row["candidates"], row["one_candidate"]] == [it["scores"] for it in found]
         last = [*csv.DictReader((run / "metrics.csv").open())][-1]
-        assert (row["target_q"], row["diverge"]) == ([float(last["target_q"])], 0)
-    assert innovations.run([*words, "--only-table"]) == 0 and capsys.readouterr().out in table
-    assert len([*tmp_path.glob("tiny/*/args.json")]) == 2 and (tmp_path / "tiny.png").stat().st_size > 10_000
+        assert (row["target_q"], row["diverge"]) == ([float(last["target_q"])], [False])
+    text = (out / "tiny.md").read_text()
+    assert "Flags for all: --batch-size 8." in text and "| layernorm+ensemble | 1 of 1 |" in text
+    assert innovations.run([*words, "--out", str(out)]) == 0 and variant_runs(out) == runs
+    assert (out / "tiny.md").read_text() == text and (out / "tiny.png").stat().st_size > 10_000
+
+
+def test_innovations_counts_only_what_belongs_to_the_run(compared, tmp_path):
+    """An evaluation of fewer updates, with another temperature, or cut off is none; a seed may be missing."""
+    shutil.copytree(compared[0], out := tmp_path / "out")
+    words, (published, variant) = compared[1], variant_runs(out)
+    whole, by_one = (json.loads(line) for line in (variant / "evaluations.jsonl").read_text().splitlines())
+    cold = whole | {"settings": whole["settings"] | {"eval_temperature": 0.0}}
+    lines = [json.dumps(x) for x in (whole | {"steps": [2]}, cold, whole | {"episodes": 3}, whole | {"which": "best"})]
+    (variant / "evaluations.jsonl").write_text("\n".join([*lines, json.dumps(by_one), json.dumps(whole)[:40]]) + "\n")
+    metrics = variant / "metrics.csv"
+    rows = [*csv.DictReader(metrics.open())]
+    metrics.write_text(metrics.read_text().replace(rows[-1]["target_q"], "-1e6"))
+    first, second = rows_of(out, words)
+    assert (first["diverge"], second["diverge"], second["candidates"]) == ([False], [True], [None])
+    assert second["one_candidate"] == by_one["scores"] and "| not evaluated |" in (out / "tiny.md").read_text()
+
+    for k in (1, 2):  # copies as further seeds
+        for run in (published, variant):
+            shutil.copytree(run, copy := out / "tiny" / f"{run.name}-{k}")
+            (copy / "args.json").write_text(json.dumps(json.loads((run / "args.json").read_text()) | {"seed": k}))
+            (copy / "evaluations.jsonl").write_text("".join(json.dumps(
+                it | {"mean": 10.0 * k + (run == variant)}) + "\n" for it in (whole, by_one)))  # fmt: skip
+    (variant / "evaluations.jsonl").write_text(json.dumps(whole | {"mean": 5.0}) + "\n")
+    (published / "evaluations.jsonl").write_text(json.dumps(whole | {"mean": 2.0}) + "\n")
+    first, second = rows_of(out, [*words, "--seeds", "2"])
+    assert (first["seeds"], first["candidates"], second["candidates"]) == ([0, 1], [2.0, 10.0], [5.0, 11.0])
+    assert second["difference"] == innovations.difference([5.0, 11.0], [2.0, 10.0]) and first["difference"] is None
+    (out / "tiny" / f"{variant.name}-1" / "summary.json").unlink()
+    assert rows_of(out, [*words, "--seeds", "2"])[1]["difference"] is None
+    assert "| layernorm+ensemble | 1 of 2 |" in (out / "tiny.md").read_text()
 
 
 def test_innovations_intervals_and_names(tmp_path, monkeypatch):
@@ -245,8 +303,10 @@ def test_innovations_intervals_and_names(tmp_path, monkeypatch):
     half = 1.96 * math.sqrt((np.var(a) + np.var(b)) / 40)  # of a normal distribution
     wanted = [np.mean(a) - np.mean(b) - half, np.mean(a) - np.mean(b) + half]
     assert innovations.difference(a, b) == pytest.approx(wanted, abs=0.05)
-    assert innovations.difference(a, b[:2]) is None
-    for words, said in ((["kitchn"], "kitchn: there is kitchen"), (["cube", "--variants", "x"], "--variants x")):
+    for words, said in (
+        (["kitchn"], "kitchn: there is kitchen"), (["cube", "--variants", "x"], "--variants x"),
+        (["kitchen", "--resume", "x"], "--resume is not passed on"), (["kitchen", "--lr", "-1"], "--learning-rate is"),
+    ):  # fmt: skip
         with pytest.raises(BadInput, match=said):
-            innovations.run(words)
-    assert not [*tmp_path.iterdir()]
+            innovations.run([*words, "--out", "out", "--only-table"])
+    assert not [*tmp_path.glob("out/*")]
