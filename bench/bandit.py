@@ -319,7 +319,7 @@ def main(args: Args) -> None:
     add("TD3+BC", lambda: td3_bc(data, q(), n))
     add("BCQ", lambda: bcq(data, q(), vae(), n))
     add("BEAR", lambda: bear(data, q(), n))
-    for num_steps in reversed(STEPS):
+    for num_steps in (STEPS[-1], *STEPS[:-1]):  # the paper's first, then the cheapest
         add_diffusion("diffusion", num_steps, 0.0)
         add_diffusion("Diffusion-QL", num_steps, ETA)
 
