@@ -11,8 +11,8 @@ The policy is the reverse chain of a conditional diffusion model over actions: a
 steps lead to the action a^0. Its noise predictor learns to imitate the data (Eq. 2) and, through the whole chain, to
 raise Q (Eq. 3); Q is a pair of critics with target networks (Eq. 4). Algorithm 1 is `DiffusionQL.update`.
 
-Every random number of an update is drawn first, into `Draws`, so `update(batch, draws)` is determined by its arguments
-and the agent's state: any two implementations can be given the same numbers and compared.
+The rows of a batch are drawn first, then all other random numbers of an update, into `Draws`: `update(batch, draws)` is
+determined by its arguments and the agent's state, so any two implementations can be given the same numbers.
 
 Where the paper, the official code (github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL) and this file differ,
 the default is what the official code effectively does (except 2, 11 and 12), since the published scores come from it.
@@ -28,8 +28,8 @@ the default is what the official code effectively does (except 2, 11 and 12), si
  7. The policy's average, used in the backup only, moves by 0.005 every 5th update from update 1000 on (--average-decay,
     --average-every, --average-from); in the paper's Algorithm 1 it moves in every update.
  8. --reward standardize divides by the unbiased standard deviation, as the official code does; numpy's is the biased.
- 9. A reverse step clips its estimate of a^0 to the action range and uses the posterior's variance; the paper's formula
-    does not clip and uses beta_i.
+ 9. A reverse step (Eq. 1) clips its estimate of a^0 to the action range and uses the posterior's variance; the paper's
+    formula, which is the same but for that, does not clip and uses beta_i.
 10. Gradients that would be discarded (the target's chain, the critics' in the policy step) are not computed: the
     numbers are the same.
 11. --eta 0 clips gradients as training with Q does; the official Diffusion-BC does not (--grad-norm 0).
@@ -385,8 +385,8 @@ class ActDraws(NamedTuple):
 class Losses(NamedTuple):
     """What one update logs: device tensors of shape (), or (K,) of K replicas (see `fast_sampler.replicate`).
 
-    To log another value: add a field here, compute it in policy_losses or critic_loss, and pass it on to `update`. (Not
-    with --fused, whose kernels know these seven alone.)
+    To log another value: add a field here, at the end, compute it in policy_losses or critic_loss, and pass it on to
+    `update`. (Not with --fused, whose kernels know these seven alone.)
     """
 
     critic: Tensor  # Eq. 4, all critics
@@ -399,8 +399,7 @@ class Losses(NamedTuple):
 
 
 NETWORKS = ("policy", "policy_ema", "critic", "critic_target")
-# the columns of metrics.csv: critic_loss, bc_loss, q_loss, policy_loss, and then the fields' own names
-LOSSES = tuple(f"{name}_loss" if k < 4 else name for k, name in enumerate(Losses._fields))
+LOSSES = ("critic_loss", "bc_loss", "q_loss", "policy_loss", *Losses._fields[4:])  # columns of metrics.csv
 BACKUP_ACTIONS = 10
 
 
@@ -491,7 +490,7 @@ class DiffusionQL:
         return mean - self.args.pessimism * std
 
     def policy_losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """L_d (Eq. 2) and L_q (Eq. 3; 0 without critics), each ().
+        """L_d (Eq. 2) and L_q (Eq. 3, here without its factor eta; 0 without critics), each ().
 
         L_q = -mean(Q_i) / mean(|Q_j|) at the policy's own actions; the coin decides which critic is i. With more than
         two, both Q are the mean of all, as in DAC: all are computed anyway, and their mean has the least noise.
@@ -562,7 +561,7 @@ class DiffusionQL:
         candidates, on = self.args.eval_candidates, {"generator": generator, "device": self.device}
         noise = torch.randn(self.args.num_steps + 1, num_states * candidates, self.action_dim, **on)
         exponential = torch.empty(num_states, candidates, device=self.device).exponential_(generator=generator)
-        return ActDraws(noise, -exponential.log())  # of an exponential number: Gumbel's distribution
+        return ActDraws(noise, -exponential.log())  # minus the log of Exp(1) is Gumbel(0, 1)
 
     def act_fresh(self, states: Tensor, generator: torch.Generator) -> Tensor:
         """Actions (E, A) for states (E, S), with fresh noise; for K replicas (K E, A) and (K E, S)."""

@@ -45,6 +45,7 @@ from d4rl_tasks import load_dataset
 from housekeeping import arguments, ending
 from housekeeping.folder import seed_folders, write_json
 from housekeeping.machine import versions
+from housekeeping.report import q_range
 from housekeeping.run import Run
 
 RUNS = {"one": {}, "several": {"num_seeds": 2}, "compiled": {"compile": True}}
@@ -262,7 +263,7 @@ def overhead(folder: Path) -> dict:
     data = load_dataset(args.env_id)
     dataset, agent = dql.make_batch(data, args.reward, device), dql.make_agent(args, 0)
     _, updates, _ = fast_sampler.make_steps(args, [agent], dataset, generators, generators)
-    run = Run(args, device, data, dql.LOSSES, None)
+    run = Run(args, device, data, dql.LOSSES, None, q_range(dataset.reward, args))
 
     def bare() -> None:
         sums = 0
