@@ -1,6 +1,6 @@
 """The paper's bandit (section 4, Figure 1): which policies represent four modes, and which learn to choose the best.
 
-    python bench/bandit.py                         # the paper's 100,000 updates: hours of a core; writes runs/bandit/
+    python bench/bandit.py                         # the paper's 100,000 updates: two hours of a core
     python bench/bandit.py --num-updates 2000      # minutes
 
 One state, actions (2,) around four corners, a reward for each corner. Four policies imitate the data: a tanh-Gaussian
@@ -9,7 +9,7 @@ learn with Q: TD3+BC, BCQ, BEAR and Diffusion-QL (Eq. 3). Every episode ends aft
 mean reward and does not depend on the policy. TD3+BC, BCQ and BEAR share one that is fitted before them; Diffusion-QL
 is dql.py itself, which fits its own.
 
-policies.png shows these eight, steps.png both diffusion policies for each N, and bandit.json has all numbers; run
+It writes runs/bandit/: policies.png shows these eight, steps.png both diffusion policies for each N, and bandit.json has all numbers; run
 again, the program goes on after the last policy in it.
 
 As in the official code (run_toy_bc.py, run_toy_ql.py) are the data, N = 50, schedule, eta, learning rates, width, batch
