@@ -9,8 +9,8 @@ learn with Q: TD3+BC, BCQ, BEAR and Diffusion-QL (Eq. 3). Every episode ends aft
 mean reward and does not depend on the policy. TD3+BC, BCQ and BEAR share one that is fitted before them; Diffusion-QL
 is dql.py itself, which fits its own.
 
-It writes runs/bandit/: policies.png shows these eight, steps.png both diffusion policies for each N, and bandit.json has all numbers; run
-again, the program goes on after the last policy in it.
+It writes runs/bandit/: policies.png shows these eight, steps.png both diffusion policies for each N, and bandit.json
+has all numbers; run again, the program goes on after the last policy in it.
 
 As in the official code (run_toy_bc.py, run_toy_ql.py) are the data, N = 50, schedule, eta, learning rates, width, batch
 size and number of updates; no gradient is clipped, one candidate is acted with, and the policy starts untrained. Its
