@@ -260,11 +260,6 @@ def draw(path: Path, found: dict[str, Tensor], rows: list[list[str]], data: Data
     figure.savefig(path, format="png", dpi=110)
 
 
-def write_samples(path: Path, samples: dict[str, Tensor]) -> None:
-    with path.open("wb") as file:
-        np.savez_compressed(file, **samples)
-
-
 def main(args: Args) -> None:
     agents = {(k, eta): agent_args(k, eta, args.num_updates, args.seed) for k in STEPS for eta in (0.0, ETA)}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -296,7 +291,7 @@ def main(args: Args) -> None:
             return
         samples[name] = seeded(lambda: train()(SAMPLES)).detach()
         policies[name] = of = {**numbers(samples[name], data), **more}
-        write_whole(args.out / "samples.npz", partial(write_samples, samples=samples))  # first: what is in path is here
+        write_whole(args.out / "samples.npz", partial(np.savez_compressed, **samples))  # first: what is in path is here
         write_json(path, {**found, "versions": versions(torch.device("cpu"))})
         shares = "  ".join(f"{corner} {share:.2f}" for corner, share in of["share_0.2"].items())
         print(f"{time.perf_counter() - start:4.0f} s  {name:22} {shares}  reward {of['mean_reward']:.2f}  "
